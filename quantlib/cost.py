@@ -1,0 +1,145 @@
+"""What a piece of hardware takes: Cost, and the handful of formulas from which every op's cost is put together.
+
+The formulas are thin on purpose: first-order counts for devices with 6-input LUTs. They choose foldings and tell whether a network fits;
+a synthesis report replaces them. Nothing here was fitted to one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil, log2
+
+from quantlib.ir import IntType
+
+# A product of two words at least this wide goes to a DSP slice: below, LUTs are cheaper and DSPs are few.
+DSP_FROM_BITS = 6
+# The DSP48E1/E2 multiplier is 25 (27) x 18 bits: UG479 and UG579, "Multiplier"; the narrower figure holds on both.
+DSP_WIDE, DSP_NARROW = 25, 18
+# A memory below this many bits stays in LUTs under memory="auto": a quarter of an 18-kbit block.
+BRAM_FROM_BITS = 4_608
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Resources of a node and its time.
+
+    lut: 6-input LUTs; ff: flip-flops; dsp: DSP48 slices; bram18: block RAMs of 18 kbit; uram: UltraRAMs of 288 kbit;
+    cycles: clock cycles per image in steady state (iterations of the slowest loop, II = 1);
+    fill: the share (0..1) of its input image that the node has to see before its first output word.
+
+    `a + b` adds the resources and keeps the larger cycles and fill: stages of a dataflow run at the same time.
+    """
+
+    lut: int = 0
+    ff: int = 0
+    dsp: int = 0
+    bram18: int = 0
+    uram: int = 0
+    cycles: int = 0
+    fill: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.lut + other.lut,
+            self.ff + other.ff,
+            self.dsp + other.dsp,
+            self.bram18 + other.bram18,
+            self.uram + other.uram,
+            max(self.cycles, other.cycles),
+            max(self.fill, other.fill),
+        )
+
+    def times(self, copies: int) -> Cost:
+        """`copies` of the same hardware side by side; the time stays."""
+        counts = (n * copies for n in (self.lut, self.ff, self.dsp, self.bram18, self.uram))
+        return Cost(*counts, self.cycles, self.fill)
+
+    def to_dict(self) -> dict[str, int | float]:
+        return asdict(self)
+
+
+def loop(cycles: int, bits: int, fill: float = 0.0) -> Cost:
+    """The control of one pipelined loop: counters, handshakes and two pipeline registers of the word it moves (our estimate)."""
+    return Cost(lut=40 + 2 * max(cycles, 1).bit_length(), ff=40 + 2 * bits, cycles=cycles, fill=fill)
+
+
+def adder(bits: int) -> Cost:
+    """One LUT per bit and its register: UG574, carry logic (CARRY8)."""
+    return Cost(lut=bits, ff=bits)
+
+
+def compare(bits: int) -> Cost:
+    """n >= T on `bits` bits, a carry chain that takes two bits per LUT: UG574, carry logic."""
+    return Cost(lut=ceil(bits / 2))
+
+
+def multiply(a: int, b: int) -> Cost:
+    """Product of an a-bit and a b-bit word: LUTs below DSP_FROM_BITS on either side, else DSP48s.
+
+    In LUTs about a*b, one per bit of the product array and its share of the adders: that LUTs grow with the product of the widths is the model
+    of FINN-R (Blott et al., arXiv 1809.04570); the factor 1 is ours. One factor of one bit costs an AND or a negation.
+    """
+    small, large = sorted((a, b))
+    if small <= 1:
+        return Cost(lut=ceil(large / 2), ff=large)
+    if small < DSP_FROM_BITS:
+        return Cost(lut=a * b, ff=a + b)
+    return Cost(dsp=ceil(small / DSP_NARROW) * ceil(large / DSP_WIDE), ff=a + b)
+
+
+def xnor_popcount(lanes: int) -> Cost:
+    """+-1 times +-1 on `lanes` lanes and the count: about 1.1 LUT per lane, the XNOR merged into the first row of 6-input compressors.
+
+    The XNOR-popcount-threshold datapath is that of FINN (Umuroglu et al., arXiv 1612.07119); the factor is our count of a 6:3 compressor tree.
+    """
+    return Cost(lut=ceil(1.1 * lanes) + lanes.bit_length(), ff=lanes.bit_length())
+
+
+def adder_tree(lanes: int, bits: int) -> Cost:
+    """Sum of `lanes` words of `bits` bits: lanes - 1 adders that grow by one bit per level."""
+    total, width, level = Cost(), bits, lanes
+    while level > 1:
+        total += adder(width + 1).times(level // 2)
+        level, width = ceil(level / 2), width + 1
+    return total
+
+
+def dot(lanes: int, x: IntType, weight_bits: int, binary_weight: bool, sum_bits: int) -> Cost:
+    """`lanes` products and their sum into an accumulator of `sum_bits` bits."""
+    binary_x = x.levels == 2 and x.lo == -x.hi
+    if binary_x and binary_weight:
+        return xnor_popcount(lanes) + adder(sum_bits)
+    product = ceil(x.bits / 2) if binary_weight else 0
+    products = Cost(lut=product, ff=x.bits) if binary_weight else multiply(x.bits, weight_bits)
+    width = min(sum_bits, x.bits + (1 if binary_weight else weight_bits))
+    return products.times(lanes) + adder_tree(lanes, width) + adder(sum_bits)
+
+
+_BRAM_SHAPES = ((16_384, 1), (8_192, 2), (4_096, 4), (2_048, 9), (1_024, 18), (512, 36))  # 18-kbit block: UG573 and UG473, port widths
+
+
+def memory(words: int, bits: int, style: str = "auto") -> Cost:
+    """One memory of `words` words of `bits` bits with one read per cycle, in LUTs, block RAM or UltraRAM.
+
+    lut: 64 bits per LUT (UG574, distributed RAM); bram: the cheapest of the port shapes of an 18-kbit block; uram: 4,096 x 72 bits (UG573).
+    auto: LUTs below a quarter of a block, else block RAM.
+    """
+    if words <= 1:
+        return Cost()
+    if style == "auto":
+        style = "lut" if words * bits < BRAM_FROM_BITS else "bram"
+    if style == "lut":
+        return Cost(lut=ceil(words / 64) * bits, ff=bits)
+    if style == "bram":
+        return Cost(bram18=min(ceil(words / depth) * ceil(bits / width) for depth, width in _BRAM_SHAPES))
+    if style == "uram":
+        return Cost(uram=ceil(words / 4_096) * ceil(bits / 72))
+    raise ValueError(f"memory style {style!r}: choose auto, lut, bram or uram")
+
+
+def fifo(depth: int, bits: int) -> Cost:
+    """A FIFO: shift-register LUTs of 32 words up to depth 64 (UG574, SRL32), else a memory with two counters."""
+    if depth <= 2:
+        return Cost(lut=bits // 2 + 4, ff=2 * bits)
+    control = Cost(lut=2 * ceil(log2(depth + 1)) + 6, ff=2 * ceil(log2(depth + 1)) + bits)
+    return control + (Cost(lut=ceil(depth / 32) * bits) if depth <= 64 else memory(depth, bits))
