@@ -51,8 +51,8 @@ class Cost:
 
     def times(self, copies: int) -> Cost:
         """`copies` of the same hardware side by side; the time stays."""
-        counts = (n * copies for n in (self.lut, self.ff, self.dsp, self.bram18, self.uram))
-        return Cost(*counts, self.cycles, self.fill)
+        n = copies
+        return Cost(self.lut * n, self.ff * n, self.dsp * n, self.bram18 * n, self.uram * n, self.cycles, self.fill)
 
     def to_dict(self) -> dict[str, int | float]:
         return asdict(self)
@@ -76,8 +76,8 @@ def compare(bits: int) -> Cost:
 def multiply(a: int, b: int) -> Cost:
     """Product of an a-bit and a b-bit word: LUTs below DSP_FROM_BITS on either side, else DSP48s.
 
-    In LUTs about a*b, one per bit of the product array and its share of the adders: that LUTs grow with the product of the widths is the model
-    of FINN-R (Blott et al., arXiv 1809.04570); the factor 1 is ours. One factor of one bit costs an AND or a negation.
+    In LUTs about a*b, one per bit of the product array and its share of the adders; that LUTs grow with the product of the widths is
+    the model of FINN-R (Blott et al., arXiv 1809.04570), the factor 1 is ours. A factor of one bit costs an AND or a negation.
     """
     small, large = sorted((a, b))
     if small <= 1:
@@ -90,7 +90,7 @@ def multiply(a: int, b: int) -> Cost:
 def xnor_popcount(lanes: int) -> Cost:
     """+-1 times +-1 on `lanes` lanes and the count: about 1.1 LUT per lane, the XNOR merged into the first row of 6-input compressors.
 
-    The XNOR-popcount-threshold datapath is that of FINN (Umuroglu et al., arXiv 1612.07119); the factor is our count of a 6:3 compressor tree.
+    The XNOR-popcount datapath is that of FINN (Umuroglu et al., arXiv 1612.07119); the factor is our count of a 6:3 compressor tree.
     """
     return Cost(lut=ceil(1.1 * lanes) + lanes.bit_length(), ff=lanes.bit_length())
 

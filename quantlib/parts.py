@@ -16,8 +16,8 @@ USABLE = {"lut": 0.70, "ff": 0.70, "dsp": 0.90, "bram18": 0.90, "uram": 0.90}
 class Part:
     """One device: 6-input LUTs, flip-flops, DSP slices, 18 kbit block RAMs, 288 kbit UltraRAMs, and a clock in MHz.
 
-    Source: AMD (Xilinx) product tables DS190 (Zynq-7000), DS891 (Zynq UltraScale+), DS889 (RFSoC), DS987 (Kria K26), DS962 to DS965 (Alveo).
-    A block RAM of 36 kbit counts as two of 18. `full_name` is what the vendor tool is given; the clock is our default, not the vendor's limit.
+    Source: AMD (Xilinx) product tables DS190 (Zynq-7000), DS891 (Zynq UltraScale+), DS889 (RFSoC), DS987 (Kria), DS962 to DS965 (Alveo).
+    A block RAM of 36 kbit counts as two of 18. The vendor tool is given `full_name`; the clock is our default, not the vendor's limit.
     """
 
     name: str
@@ -72,7 +72,7 @@ def names() -> list[str]:
 def part(name: str | Part) -> Part:
     """The part called `name`: "xczu3eg", "xczu3eg-sbva484-1-e" or "Ultra96-V2" (case, spaces and dashes do not matter).
 
-    A full name with another package or speed grade of a listed device is accepted and kept as given. LookupError with the nearest names otherwise.
+    A full name with another package or speed grade of a listed device is accepted and kept. Otherwise LookupError with the nearest names.
     """
     if isinstance(name, Part):
         return name
