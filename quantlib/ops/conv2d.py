@@ -1,0 +1,104 @@
+"""Conv2d: exact integer convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from quantlib.ir import GraphError, IntType
+from quantlib.ops._base import Example, Op, constant, expect
+from quantlib.ops._lattice import lattice, stride_of, tensor_scale
+from quantlib.ops._window import check_window, conv2d, out_shape, pair, quad
+
+if TYPE_CHECKING:
+    from quantlib.hls.call import Call
+
+    from quantlib.schedule import Cost, Folding
+
+
+@dataclass(frozen=True, eq=False)
+class Conv2d(Op):
+    """y[o, r, c] = sum over i, u, v of weight[o, i, u, v] * x[g*I/groups + i, r*sh - t + u*dh, c*sw - l + v*dw]; taps outside the image add 0.
+
+    x (I, H, W) -> y (O, H', W'), H' = floor((H + t + b - dh*(kh-1) - 1) / sh) + 1. weight (O, I/groups, kh, kw); padding is (t, b, l, r), may differ
+    per side. The interval is the widest one over the output channels, from the sums of positive and of negative weights (with 0 where taps may be
+    outside). GraphError when the channels or the window do not fit.
+    """
+
+    weight: np.ndarray
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "stride", pair(self.stride))
+        object.__setattr__(self, "padding", quad(self.padding))
+        object.__setattr__(self, "dilation", pair(self.dilation))
+        expect(self.weight.ndim == 4 and self.weight.size > 0, self, f"weight must be (O, I/groups, kh, kw), got shape {self.weight.shape}")
+        expect(
+            self.weight.shape[0] % self.groups == 0, self, f"{self.weight.shape[0]} output channels do not split into {self.groups} groups"
+        )
+        check_window(self, self.weight.shape[2:], self.stride, self.padding, self.dilation)
+
+    def infer(self, *x: IntType) -> IntType:
+        expect(len(x) == 1, self, f"takes one input, got {len(x)}")
+        shape = out_shape(self, x[0], self.weight.shape[0], self.weight.shape[2:], self.stride, self.padding, self.dilation)
+        expect(x[0].shape[0] == self.weight.shape[1] * self.groups, self,
+               f"weight {self.weight.shape} in {self.groups} groups reads {self.weight.shape[1] * self.groups} channels, the input is {x[0]}")  # fmt: skip
+        return sum_type(self.weight, x[0], shape, any(self.padding))
+
+    def evaluate(self, *x: Tensor) -> Tensor:
+        return conv2d(x[0], constant(self.weight, x[0]), self.stride, self.padding, self.dilation, self.groups)
+
+    def magnitude(self, *x: IntType) -> int:
+        return max(
+            int(np.abs(self.weight).reshape(self.weight.shape[0], -1).sum(1).max()) * x[0].magnitude,
+            int(np.abs(self.weight).max()),
+            x[0].magnitude,
+        )
+
+    def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
+        raise GraphError("no kernel yet")
+
+    def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
+        raise GraphError("not costed yet")
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        rng = np.random.default_rng(1)
+
+        def w(*shape: int, lo: int = -4, hi: int = 4) -> np.ndarray:
+            return rng.integers(lo, hi, shape)
+
+        image = IntType((3, 7, 6), 0, 255)
+        return [
+            (cls(w(5, 3, 3, 3)), (image,)),
+            (cls(w(4, 3, 3, 3), stride=(2, 1), padding=(1, 0, 2, 1)), (image,)),
+            (cls(2 * w(6, 2, 3, 3, lo=0, hi=2) - 1, padding=(1, 1, 1, 1)), (IntType((2, 5, 5), -1, 1, 1.0, 2),)),
+            (cls(2 * w(6, 2, 2, 3, lo=0, hi=2) - 1), (IntType((2, 5, 5), -3, 3, 1.0, 2),)),
+            (cls(w(6, 1, 3, 3), stride=(2, 2), padding=(0, 1, 0, 1), groups=6), (IntType((6, 6, 5), -8, 7),)),
+            (cls(w(8, 3, 2, 2), dilation=(2, 3), padding=(1, 2, 0, 3), groups=2), (IntType((6, 5, 5), -2, 1),)),
+            (cls(w(8, 6, 1, 1, lo=-128, hi=128)), (IntType((6, 3, 3), -128, 127),)),
+            (cls(w(2, 4, 3, 3, lo=-128, hi=128), stride=(3, 3)), (IntType((4, 3, 3), -(2**15), 2**15 - 1),)),
+            (cls(np.zeros((2, 1, 1, 1))), (IntType((1, 2, 2), 0, 3),)),
+        ]
+
+
+def sum_type(weight: np.ndarray, x: IntType, shape: tuple[int, ...], padded: bool) -> IntType:
+    """Interval and lattice of sum(weight[o] * x) over all output channels o; `padded`: any tap may read 0 instead."""
+    ends = np.stack([weight * x.lo, weight * x.hi]).astype(object if x.magnitude > 2**40 else np.int64)
+    low, high = ends.min(0), ends.max(0)
+    if padded:
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+    axes = tuple(range(1, weight.ndim))
+    lo, hi = int(low.sum(axes).min()), int(high.sum(axes).max())
+    step = int(np.gcd.reduce(np.abs(weight), axis=None)) * stride_of(x)
+    base = ends[0].sum(axes)
+    others = [int(v) for v in (np.unique(ends[0]) if padded else np.unique(base - base[0]))]
+    return IntType(shape, lo, hi, tensor_scale(x), lattice(lo, hi, step, *others))

@@ -1,0 +1,68 @@
+"""Dense: exact integer matrix-vector product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from quantlib.ir import GraphError, IntType
+from quantlib.ops._base import Example, Op, constant, expect
+from quantlib.ops.conv2d import sum_type
+
+if TYPE_CHECKING:
+    from quantlib.hls.call import Call
+
+    from quantlib.schedule import Cost, Folding
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Op):
+    """y[o] = sum over k of weight[o, k] * x.flat[k], the input read in C order (channel-major).
+
+    x any shape with K elements -> y (O,). weight (O, K). The interval is the widest one over the outputs, from the sums of positive and of
+    negative weights. GraphError when the input has another number of elements.
+    """
+
+    weight: np.ndarray
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self.weight.ndim == 2 and self.weight.size > 0, self, f"weight must be (O, K), got shape {self.weight.shape}")
+
+    def infer(self, *x: IntType) -> IntType:
+        expect(len(x) == 1, self, f"takes one input, got {len(x)}")
+        expect(
+            x[0].numel == self.weight.shape[1],
+            self,
+            f"weight {self.weight.shape} reads {self.weight.shape[1]} integers, the input is {x[0]}",
+        )
+        return sum_type(self.weight, x[0], (self.weight.shape[0],), False)
+
+    def evaluate(self, *x: Tensor) -> Tensor:
+        rows, weight = x[0].flatten(1), constant(self.weight, x[0])
+        if rows.is_cuda and not rows.is_floating_point():
+            return (rows.cpu() @ weight.cpu().T).to(rows.device)
+        return rows @ weight.T
+
+    def magnitude(self, *x: IntType) -> int:
+        return max(int(np.abs(self.weight).sum(1).max()) * x[0].magnitude, int(np.abs(self.weight).max()), x[0].magnitude)
+
+    def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
+        raise GraphError("no kernel yet")
+
+    def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
+        raise GraphError("not costed yet")
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        rng = np.random.default_rng(2)
+        return [
+            (cls(rng.integers(-8, 8, (5, 12))), (IntType((12,), 0, 15),)),
+            (cls(rng.integers(-1, 2, (4, 18))), (IntType((2, 3, 3), -128, 127),)),
+            (cls(2 * rng.integers(0, 2, (6, 10)) - 1), (IntType((10, 1, 1), -1, 1, 1.0, 2),)),
+            (cls(rng.integers(-128, 128, (1, 1))), (IntType((1,), -(2**20), 2**20),)),
+        ]
