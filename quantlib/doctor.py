@@ -1,7 +1,7 @@
 """`python -m quantlib doctor`: what is installed, what is known not to work together, and what was found on this machine.
 
-Reads only, and imports nothing but the standard library: packages are tried in a child process, so that a broken or missing torch is one line
-of the report.
+Reads only, and imports nothing but the standard library: packages are tried in a child process, so that a broken or missing torch is one
+line of the report.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def judge(versions: dict[str, str | None], python: tuple[int, int]) -> list[str]
             bad.append(f"torchvision {vision} was built for another torch than {torch}: install torchvision 0.{release(torch)[1] + 15}")
         elif _cpu_only(torch) != _cpu_only(vision):
             bad.append(
-                f"torch {torch} with torchvision {vision}: one is a CPU-only build, the other is not, and `import torchvision` may fail with "
-                "'operator torchvision::nms does not exist': install both from the same source"
+                f"torch {torch} with torchvision {vision}: one is a CPU-only build, the other is not, and importing torchvision may fail "
+                "with 'operator torchvision::nms does not exist': install both from the same source"
             )
     return bad
 

@@ -1,7 +1,7 @@
 """Graph files: one safetensors file that holds every array, with the structure as JSON in its metadata. No pickle, nothing executed.
 
-Layout (format 1): metadata["quantlib"] = {"format": "quantlib.graph", "version": 1, "graph": {...}}; a dataclass is an object of its fields, an
-op adds its registered class name under "op", an array is {"array": key} and lies in the file under that key with its dtype.
+Layout (format 1): metadata["quantlib"] = {"format": "quantlib.graph", "version": 1, "graph": {...}}; a dataclass is an object of its fields,
+an op adds its registered class name under "op", an array is {"array": key} and lies in the file under that key with its dtype.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Graph:
-    """The graph in `path`. Only registered ops are built, each field is checked against its declared type, and Graph checks all intervals anew.
+    """The graph in `path`. Only registered ops are built, fields are checked against their declared types, and Graph checks all intervals anew.
 
     Raises FileNotFoundError, or GraphFileError when the file is truncated, foreign, newer than this library, or breaks an invariant.
     """
