@@ -1,0 +1,35 @@
+"""The register of layers: what lets one generic test reach all of them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+Example = tuple[nn.Module, Tensor]
+
+
+class Layer:
+    """Mixin of every layer class of this library. A subclass has a docstring and `examples()`; a class without either cannot be imported.
+
+    examples() -> [(module, input)] on small odd shapes, in evaluation mode semantics. The input is real numbers (N, C, H, W) or (N, C) on the
+    grid `input_grid()` of the layer where it has one. A module that is no plain Brevitas layer has `lower(g, x)` right under `forward`.
+    """
+
+    registry: ClassVar[dict[str, type[Layer]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        missing = [] if (cls.__doc__ or "").strip() and "__doc__" in vars(cls) else ["a docstring"]
+        if "examples" not in vars(cls):
+            missing.append("examples()")
+        if missing:
+            raise TypeError(f"layer {cls.__name__} lacks {', '.join(missing)}")
+        if cls.__name__ in Layer.registry:
+            raise TypeError(f"two layers are called {cls.__name__}")
+        Layer.registry[cls.__name__] = cls
+
+    @staticmethod
+    def examples() -> list[Example]:
+        """Small modules with inputs for the generic tests."""
+        raise NotImplementedError

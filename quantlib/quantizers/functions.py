@@ -1,0 +1,298 @@
+"""Quantizers as pure functions that own their gradients: one fused autograd function each.
+
+Conventions decided here once:
+- rounding is half to even unless a function says otherwise; integers come from dividing by the scale, never from multiplying by its inverse;
+- the sign of 0 is 0, as published, unless `zero` says otherwise; NaN stays NaN;
+- under autocast 16-bit inputs are taken to float32 first (`in_float32`), so that values lie on the grid; without autocast the dtype of the input is kept;
+- memory layout (channels last or first) of the input is kept; gradients are first-order only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+Gradient = Literal["2019", "brevitas"]
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """x itself, or x as float32 where autocast is on and x has 16 bits. Differentiable; works for every device type."""
+    if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
+        return x.float()
+    return x
+
+
+def _next(value: float, towards: float, like: Tensor) -> float:
+    """The neighbour of `value` in the dtype of `like` (float64 for float64, else float32)."""
+    dtype = np.float64 if like.dtype == torch.float64 else np.float32
+    return float(np.nextafter(dtype(value), dtype(towards)))
+
+
+def pass_inside(grad: Tensor, x: Tensor, lo: float, hi: float) -> Tensor:
+    """grad where lo <= x <= hi, else 0, in one pass; lo and hi count as inside although they may be rounded to the dtype of x."""
+    return torch.ops.aten.hardtanh_backward(grad, x, _next(lo, -math.inf, x), _next(hi, math.inf, x))
+
+
+# --- binary sign ---------------------------------------------------------------------------------------------------------------------
+
+
+def sign(x: Tensor, zero: float = 0.0) -> Tensor:
+    """-1 where x < 0, +1 where x > 0, `zero` where x = 0, NaN where x is NaN. No gradient."""
+    y = torch.sign(x)
+    if zero:
+        y = torch.where(x == 0, torch.full((), zero, dtype=x.dtype, device=x.device), y)
+    return torch.where(x.isnan(), x, y)
+
+
+class _BinarySign(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: float, zero: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.clip = clip
+        return sign(x, zero)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return pass_inside(grad, x, -ctx.clip, ctx.clip), None, None
+
+
+def binary_sign(x: Tensor, clip: float = 1.3, zero: float = 0.0) -> Tensor:
+    """Binary sign with a clipped straight-through gradient.
+
+    Forward:   y = sgn(x), with y = zero at x = 0 (published: 0); NaN stays NaN
+    Gradient:  dx = dy where |x| <= clip, else 0 (clip itself, rounded to the dtype of x, counts as inside)
+    Shapes:    any; y in {-1, zero, +1}
+    Source:    FracBNN (arXiv 2012.12206), `FastSign`, t_clip = 1.3
+
+    >>> w = torch.tensor([-2.0, -0.5, 0.0, 1.2], requires_grad=True)
+    >>> binary_sign(w).tolist()
+    [-1.0, -1.0, 0.0, 1.0]
+    >>> binary_sign(w).sum().backward(); w.grad.tolist()
+    [0.0, 1.0, 1.0, 1.0]
+    """
+    return _BinarySign.apply(in_float32(x), float(clip), float(zero))
+
+
+# --- symmetric levels without zero ---------------------------------------------------------------------------------------------------
+
+
+class _QuantSign(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(x)
+        d = 2.0 / (2**bits - 1)
+        return x.clamp(-1, 1).add_(1).div_(d).round_().mul_(d).sub_(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, x, -1.0, 1.0), None
+
+
+def quant_sign(x: Tensor, bits: int = 2) -> Tensor:
+    """k-bit symmetric quantizer whose levels exclude zero.
+
+    Forward:   y = rne((clamp(x, -1, 1) + 1) / d) * d - 1, d = 2 / (2^bits - 1): levels -1, -1 + d, ..., 1
+    Gradient:  dx = dy where -1 < x < 1, else 0
+    Ranges:    2 bits: -1, -1/3, 1/3, 1 with decision points -2/3, 0, 2/3. x = 0 gives +1/3. The points -2/3 and 2/3 are no floating-point
+               numbers: float32 rounds them outwards and gives -1 and 1/3, float64 rounds them inwards and gives -1/3 and 1/3.
+    Shapes:    any
+    Source:    FracBNN (arXiv 2012.12206), `QuantSign`
+
+    >>> [round(v, 4) for v in quant_sign(torch.tensor([-3.0, -0.5, 0.0, 0.7])).tolist()]
+    [-1.0, -0.3333, 0.3333, 1.0]
+    """
+    if bits < 1:
+        raise ValueError(f"quant_sign needs at least one bit, got {bits}")
+    return _QuantSign.apply(in_float32(x), int(bits))
+
+
+# --- max-abs weights -----------------------------------------------------------------------------------------------------------------
+
+
+class _MaxAbs(Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, top: float, min_scale: float, channel: int | None) -> tuple[Tensor, Tensor]:
+        rows = w.reshape(1, -1) if channel is None else w.movedim(channel, 0).reshape(w.shape[channel], -1)
+        largest, where = rows.abs().max(1)
+        scale = largest.clamp_min(min_scale) / top
+        shape = [1] * w.dim()
+        if channel is not None:
+            shape[channel] = w.shape[channel]
+        scale = scale.reshape(shape)
+        value = (w / scale).round_().clamp_(-top, top).mul_(scale)
+        ctx.save_for_backward(w, value, scale, where)
+        ctx.top, ctx.channel = top, channel
+        return value, scale if channel is not None else scale.reshape(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, None, None, None]:
+        w, value, scale, where = ctx.saved_tensors
+        share = (grad * (value - w)).sum_to_size(scale.shape) / scale
+        if grad_scale is not None:
+            share = share + grad_scale.reshape(scale.shape)
+        share = share / ctx.top
+        channel = ctx.channel
+        rows = w.reshape(1, -1) if channel is None else w.movedim(channel, 0).reshape(w.shape[channel], -1)
+        where = where[:, None]
+        through = torch.zeros_like(rows).scatter_(1, where, rows.gather(1, where).sign() * share.reshape(-1, 1))
+        if channel is None:
+            through = through.reshape(w.shape)
+        else:
+            through = through.reshape(w.movedim(channel, 0).shape).movedim(0, channel)
+        return grad + through, None, None, None
+
+
+def max_abs(w: Tensor, bits: int, channel: int | None = 0, min_scale: float = 2e-16) -> tuple[Tensor, Tensor]:
+    """Signed narrow-range integers whose scale is the largest magnitude, per output channel or per tensor.
+
+    Forward:   q = 2^(bits-1) - 1; s_c = max(max |w_c|, min_scale) / q; m = rne(w / s) clipped to [-q, q]; value = m * s. Returns (value, s).
+    Gradient:  straight through rounding and clip, dw = g; and through the scale: with ds_c = sum_i g_i (m_i - w_i / s_c) + (gradient of the
+               returned scale), the first element k of channel c that attains the maximum gets sign(w_k) * ds_c / q besides.
+               An all-zero channel has codes 0, scale min_scale / q and no second term.
+    Shapes:    w any with its channels on axis `channel` (None: one scale for the tensor); s broadcasts against w, () per tensor
+    Ranges:    m in -q..q
+    Source:    MicroNet 2019 submission of quantised ProxylessNAS, weight quantizer STATS / MAX / narrow range, equal in value to
+               Brevitas' Int8WeightPerChannelFloat with the same bits and minimum
+
+    >>> value, scale = max_abs(torch.tensor([[0.5, -7.0], [0.0, 0.0]]), bits=4)
+    >>> (value / scale).tolist()
+    [[0.0, -7.0], [0.0, 0.0]]
+    """
+    if bits < 2:
+        raise ValueError(f"max_abs needs at least two bits (narrow range), got {bits}; for one bit use binary_sign")
+    return _MaxAbs.apply(in_float32(w), float(2 ** (bits - 1) - 1), float(min_scale), channel)
+
+
+# --- activations with a given scale --------------------------------------------------------------------------------------------------
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x as a vector without a copy where its layout is channels last; always the same order for the same shape and layout."""
+    return x.permute(0, 2, 3, 1).reshape(-1) if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.reshape(-1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if a.stride() == b.stride():
+        return torch.dot(_flat(a), _flat(b))
+    return (a * b).sum()
+
+
+def _inside(lo: int, hi: int, gradient: Gradient, like: Tensor) -> tuple[float, float]:
+    """Open interval of u = x / s in which dx = g. "brevitas": rounding first, so half a step more on each side (half to even decides the ends)."""
+    if gradient == "2019":
+        return _next(lo, -math.inf, like), _next(hi, math.inf, like)
+    below, above = lo - 0.5, hi + 0.5
+    return below if lo % 2 else _next(below, -math.inf, like), above if hi % 2 else _next(above, math.inf, like)
+
+
+class _LearnedScale(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient) -> Tensor:
+        u = x / scale
+        value = u.round().clamp_(lo, hi).mul_(scale)
+        ctx.save_for_backward(u, value, scale)
+        ctx.range = (lo, hi, gradient)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        u, value, scale = ctx.saved_tensors
+        dx = torch.ops.aten.hardtanh_backward(grad, u, *_inside(*ctx.range, u))
+        ds = None
+        if ctx.needs_input_grad[1]:
+            if scale.numel() == 1:
+                ds = (_dot(grad, value) / scale.reshape(()) - _dot(dx, u)).reshape(scale.shape)
+            else:
+                ds = (grad * value).sum_to_size(scale.shape) / scale - (dx * u).sum_to_size(scale.shape)
+        return dx, ds, None, None, None
+
+
+def learned_scale(x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient = "2019") -> Tensor:
+    """Uniform quantizer with a given, usually learned, scale.
+
+    Forward:   u = x / s; code = rne(u) clipped to [lo, hi]; value = code * s
+    Gradient:  inside: dx = g, ds = g * (code - u); outside: dx = 0, ds = g * lo or g * hi; ds is summed over what s does not span.
+               gradient="2019" (clip, then round): inside is lo <= u <= hi.
+               gradient="brevitas" (round, then clip, as Brevitas 0.13): inside is lo <= rne(u) <= hi.
+               In float32 the two sums of ds cancel: relative error up to about 4e-5.
+    Shapes:    x any; s () or broadcastable, e.g. (1, C, 1, 1) for x (N, C, H, W)
+    Ranges:    unsigned b bits: 0..2^b - 1, signed: -2^(b-1)..2^(b-1) - 1
+    Source:    MicroNet 2019 submission of quantised ProxylessNAS, QuantReLU / QuantHardTanh with a learned log2 scale: s = max(2^v, 2e-16) / L
+               with L = 2^b - 1 (ReLU) or 2^(b-1) (hardtanh); the chain through 2^v (dv = ds * s * ln 2) is left to autograd
+
+    >>> learned_scale(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor(0.5), 0, 15).tolist()
+    [0.0, 0.5, 7.5]
+    """
+    if gradient not in ("2019", "brevitas"):
+        raise ValueError(f'gradient must be "2019" or "brevitas", got {gradient!r}')
+    return _LearnedScale.apply(in_float32(x), scale, int(lo), int(hi), gradient)
+
+
+# --- fixed point ---------------------------------------------------------------------------------------------------------------------
+
+Rounding = Literal["half_up", "half_even", "floor", "to_zero"]
+ROUNDINGS = ("half_up", "half_even", "floor", "to_zero")
+
+
+def round_to_integer(u: Tensor, rounding: Rounding) -> Tensor:
+    """Integers nearest to u; exact for every float (no `u + 0.5`, which itself rounds). No gradient."""
+    if rounding == "half_even":
+        return torch.round(u)
+    if rounding == "floor":
+        return torch.floor(u)
+    if rounding == "to_zero":
+        return torch.trunc(u)
+    if rounding == "half_up":
+        below = torch.floor(u)
+        return below + (u - below >= 0.5).to(u.dtype)
+    raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+
+
+class _FixedPoint(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, fraction: int, rounding: Rounding, saturation: bool) -> Tensor:
+        lo, hi = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        u = x * 2.0**fraction
+        ctx.saturation, ctx.limits = saturation, (lo * 2.0**-fraction, hi * 2.0**-fraction)
+        if saturation:
+            ctx.save_for_backward(x)
+            n = round_to_integer(u, rounding).clamp_(lo, hi)
+        else:
+            n = torch.remainder(round_to_integer(u, rounding) - lo, 2.0**bits) + lo
+        return n * 2.0**-fraction
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if ctx.saturation:
+            (x,) = ctx.saved_tensors
+            grad = pass_inside(grad, x, *ctx.limits)
+        return grad, None, None, None, None
+
+
+def fixed_point(x: Tensor, bits: int, fraction: int, rounding: Rounding = "half_up", saturation: bool = True) -> Tensor:
+    """Real numbers on the grid of a signed fixed-point word.
+
+    Forward:   n = R(x * 2^fraction) in -2^(bits-1)..2^(bits-1) - 1; y = n * 2^-fraction. R: half_up (ties towards +infinity), half_even,
+               floor, to_zero. Outside the word: the nearest end (saturation) or modulo 2^bits.
+    Gradient:  saturation: dx = dy where -2^(bits-1) <= x * 2^fraction <= 2^(bits-1) - 1, else 0; without saturation dx = dy.
+    Shapes:    any. float32 holds every word of up to 24 bits exactly; wider words need float64 inputs.
+    Source:    ap_fixed<bits, bits - fraction, RND | RND_CONV | TRN | TRN_ZERO, SAT | WRAP> of the HLS tools; FracBNN's accelerator uses
+               16 bits, fraction 7, half_up, saturation
+
+    >>> fixed_point(torch.tensor([0.25, -0.25, 100.0]), bits=4, fraction=1).tolist()
+    [0.5, 0.0, 3.5]
+    """
+    return _FixedPoint.apply(in_float32(x), int(bits), int(fraction), rounding, bool(saturation))

@@ -1,0 +1,169 @@
+"""The pure quantizers as named Brevitas injectors, for brevitas.nn layers of anybody's network.
+
+    QuantConv2d(8, 16, 3, weight_quant=NarrowIntWeightPerChannelMaxAbs, weight_bit_width=4)
+    QuantReLU(act_quant=UintActLearnedLog2Scale, bit_width=4, max_val=6.0)
+
+Each injector replaces `tensor_quant` by one fused module that answers (value, scale, zero_point, bit_width); proxies and layers stay Brevitas'
+own. The integer code of a value is round(value / scale) + zero_point. State-dict keys are those of Brevitas: none for weights and for
+constant scales, `...tensor_quant.scaling_impl.value` (log2 domain) for learned ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from brevitas.core.function_wrapper import Identity
+from brevitas.core.restrict_val import FloatRestrictValue
+from brevitas.inject import ExtendedInjector
+from brevitas.inject.enum import RestrictValueType, ScalingPerOutputType
+from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
+from brevitas.quant import (
+    Int8ActPerTensorFloatMinMaxInit,
+    Int8WeightPerChannelFloat,
+    Int8WeightPerTensorFloat,
+    Uint8ActPerTensorFloatMaxInit,
+)
+from torch import Tensor, nn
+
+from quantlib.quantizers.functions import Gradient, binary_sign, learned_scale, max_abs, quant_sign
+
+Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class _View(nn.Module):
+    """What Brevitas' proxies look up as `tensor_quant.int_quant.input_view_impl`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_view_impl = Identity()
+
+
+class _TensorQuant(nn.Module):
+    """Common part: zero point and bit width as constants outside the state dict."""
+
+    zero_point: Tensor
+    bit_width: Tensor
+
+    def __init__(self, bit_width: int, zero_point: float = 0.0) -> None:
+        super().__init__()
+        self.bits = int(bit_width)
+        self.int_quant = _View()
+        self.register_buffer("zero_point", torch.tensor(zero_point), persistent=False)
+        self.register_buffer("bit_width", torch.tensor(float(bit_width)), persistent=False)
+
+
+class BinarySignQuant(_TensorQuant):
+    def __init__(self, sign_clip: float, sign_of_zero: float) -> None:
+        super().__init__(1)
+        self.clip, self.zero = sign_clip, sign_of_zero
+        self.register_buffer("scale", torch.tensor(1.0), persistent=False)
+
+    def forward(self, w: Tensor) -> Quantized:
+        return binary_sign(w, self.clip, self.zero), self.scale, self.zero_point, self.bit_width
+
+
+class QuantSignQuant(_TensorQuant):
+    def __init__(self, bit_width: int) -> None:
+        super().__init__(bit_width, (2**bit_width - 1) / 2)
+
+    def forward(self, x: Tensor) -> Quantized:
+        value = quant_sign(x, self.bits)
+        scale = torch.full((), 2.0 / (2**self.bits - 1), dtype=value.dtype, device=value.device)
+        return value, scale, self.zero_point, self.bit_width
+
+
+class MaxAbsQuant(_TensorQuant):
+    def __init__(self, bit_width: int, scaling_min_val: float, scaling_per_output: ScalingPerOutputType, output_channel_dim: int) -> None:
+        super().__init__(bit_width)
+        self.min_scale = scaling_min_val
+        self.channel = output_channel_dim if scaling_per_output == ScalingPerOutputType.CHANNEL else None
+
+    def forward(self, w: Tensor) -> Quantized:
+        value, scale = max_abs(w, self.bits, self.channel, self.min_scale)
+        return value, scale, self.zero_point, self.bit_width
+
+
+class LearnedScaleQuant(_TensorQuant):
+    threshold: Tensor
+
+    def __init__(self, bit_width: int, signed: bool, narrow_range: bool, scaling_impl: nn.Module, scale_gradient: Gradient) -> None:
+        super().__init__(bit_width)
+        half = 2 ** (bit_width - 1)
+        self.lo, self.hi = (-half + int(narrow_range), half - 1) if signed else (0, 2 * half - 1 - int(narrow_range))
+        self.gradient = scale_gradient
+        self.scaling_impl = scaling_impl
+        self.register_buffer("threshold", torch.tensor(float(-self.lo if signed else self.hi)), persistent=False)
+
+    def forward(self, x: Tensor) -> Quantized:
+        scale = self.scaling_impl(x, self.threshold)
+        return learned_scale(x, scale, self.lo, self.hi, self.gradient), scale, self.zero_point, self.bit_width
+
+
+class BinaryWeight(ExtendedInjector):
+    """Weights in {-1, +1}: `binary_sign` with sign_clip = 1.3 and sign_of_zero = 0; scale 1, zero point 0, 1 bit."""
+
+    proxy_class = WeightQuantProxyFromInjector
+    tensor_quant = BinarySignQuant
+    bit_width = 1
+    signed = True
+    narrow_range = True
+    sign_clip = 1.3
+    sign_of_zero = 0.0
+
+
+class NarrowIntWeightPerChannelMaxAbs(Int8WeightPerChannelFloat):
+    """Signed narrow-range weights, one scale per output channel: `max_abs`; `weight_bit_width` 8 unless given, minimum 2e-16.
+
+    Equal in every bit to Int8WeightPerChannelFloat with the same bit_width and scaling_min_val; the gradient through ties of the maximum
+    goes to the first of them.
+    """
+
+    tensor_quant = MaxAbsQuant
+    scaling_min_val = 2e-16
+
+
+class NarrowIntWeightPerTensorMaxAbs(Int8WeightPerTensorFloat):
+    """As NarrowIntWeightPerChannelMaxAbs with one scale for the whole tensor."""
+
+    tensor_quant = MaxAbsQuant
+    scaling_min_val = 2e-16
+
+
+class QuantSignAct(ExtendedInjector):
+    """k-bit symmetric activation without zero: `quant_sign`, `bit_width` 2 unless given.
+
+    scale = 2 / (2^k - 1), zero_point = (2^k - 1) / 2: value = scale * (code - zero_point) with codes 0..2^k - 1.
+    """
+
+    proxy_class = ActQuantProxyFromInjector
+    tensor_quant = QuantSignQuant
+    bit_width = 2
+    signed = False
+    narrow_range = False
+
+
+class UintActLearnedLog2Scale(Uint8ActPerTensorFloatMaxInit):
+    """Unsigned activation, S = max(2^v, 2e-16) with v learned, scale S / (2^b - 1): `learned_scale`.
+
+    Options of the layer: bit_width (8), max_val (initial S, required), scale_gradient ("2019" | "brevitas"), and for one scale per channel
+    scaling_per_output_channel=True, per_channel_broadcastable_shape=(1, C, 1, 1).
+    """
+
+    tensor_quant = LearnedScaleQuant
+    restrict_scaling_type = RestrictValueType.LOG_FP
+    restrict_threshold_impl = FloatRestrictValue
+    scaling_min_val = 2e-16
+    scale_gradient = "2019"
+
+
+class IntActLearnedLog2Scale(Int8ActPerTensorFloatMinMaxInit):
+    """Signed activation, S = max(2^v, 2e-16) with v learned, scale S / 2^(b-1), codes -2^(b-1)..2^(b-1) - 1: `learned_scale`.
+
+    Options of the layer: bit_width (8), min_val and max_val (their larger magnitude is the initial S, required), and the others of
+    UintActLearnedLog2Scale.
+    """
+
+    tensor_quant = LearnedScaleQuant
+    restrict_scaling_type = RestrictValueType.LOG_FP
+    restrict_threshold_impl = FloatRestrictValue
+    scaling_min_val = 2e-16
+    scale_gradient = "2019"
