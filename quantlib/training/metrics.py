@@ -1,0 +1,38 @@
+"""Predictions and what is counted on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quantlib.training.data import Images, as_real
+
+
+def batched(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 64) -> Tensor:
+    """function on chunks of the batch axis, concatenated; no gradients."""
+    with torch.no_grad():
+        return torch.cat([function(chunk) for chunk in x.split(size)])
+
+
+def predictions(model: nn.Module, data: Images, size: int = 64) -> Tensor:
+    """Outputs (N, classes) of the model in eval mode on real images; its mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        return batched(lambda codes: model(as_real(codes)), data.codes, size)
+    finally:
+        model.train(was_training)
+
+
+def accuracy(outputs: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest entry is the label, in [0, 1]."""
+    return float((outputs.argmax(1) == labels).double().mean())
+
+
+def confusion(outputs: Tensor, labels: Tensor, classes: int) -> np.ndarray:
+    """counts[true][predicted]."""
+    cell = labels * classes + outputs.argmax(1)
+    return torch.bincount(cell, minlength=classes * classes).reshape(classes, classes).numpy()
