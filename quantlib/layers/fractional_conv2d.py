@@ -153,8 +153,10 @@ class FractionalConv2d(Layer, nn.Module):
         return g.add(op, edge, scale=1 / 3)
 
     def integer_gate(self) -> np.ndarray:
-        """(Cout,) smallest integer M = conv(sgn(q)) whose gate is open, measured by running the gate in float64 on every M the sum can take;
-        one above the largest where the gate never opens."""
+        """(Cout,) smallest integer M = conv(sgn(q)) whose gate is open, one above the largest where it never opens.
+
+        Measured by running the gate in float64 on every M the sum can take.
+        """
         bound = self.weight[0].numel()
         sums = torch.arange(-bound, bound + 1, dtype=torch.float64)
         is_open = gate(sums.reshape(-1, 1, 1, 1).mul(2).div_(3), self.threshold.detach().double().cpu()).reshape(len(sums), -1) > 0
@@ -173,7 +175,11 @@ class FractionalConv2d(Layer, nn.Module):
     def examples() -> list[Example]:
         torch.manual_seed(5)
         x = quant_sign(torch.randn(3, 4, 7, 5))
-        modules = [FractionalConv2d(4, 6, 3, padding=1), FractionalConv2d(4, 5, 1), FractionalConv2d(4, 4, 3, stride=2, padding=1, groups=2)]
+        modules = [
+            FractionalConv2d(4, 6, 3, padding=1),
+            FractionalConv2d(4, 5, 1),
+            FractionalConv2d(4, 4, 3, stride=2, padding=1, groups=2),
+        ]
         for module in modules:
             nn.init.uniform_(module.threshold, -3, 3)
         return [(m, x) for m in modules]

@@ -16,7 +16,7 @@ class ThermometerEncoder(Layer, nn.Module):
 
     Forward:   level = rne(x * 255 / resolution), always computed in float32; y[:, c * B + b] = +1 if b < level else -1
     Gradient:  none flows to the input
-    Shapes:    x (N, C, H, W) -> y (N, C * B, H, W), B = round(255 / resolution) (resolution 8: 32 planes per colour, lowest threshold first)
+    Shapes:    x (N, C, H, W) -> y (N, C * B, H, W), B = round(255 / resolution): 32 planes per colour, lowest first, for 8
     Ranges:    x in [0, 1], pixel / 255. Ties go to the even level: with resolution 8, pixel 4 has level 0, pixel 12 level 2
     State:     none
     Source:    FracBNN (arXiv 2012.12206), `InputEncoder`

@@ -1,9 +1,9 @@
 """Quantizers as pure functions that own their gradients: one fused autograd function each.
 
 Conventions decided here once:
-- rounding is half to even unless a function says otherwise; integers come from dividing by the scale, never from multiplying by its inverse;
+- rounding is half to even unless a function says otherwise; integers come from dividing by the scale, not from multiplying by its inverse;
 - the sign of 0 is 0, as published, unless `zero` says otherwise; NaN stays NaN;
-- under autocast 16-bit inputs are taken to float32 first (`in_float32`), so that values lie on the grid; without autocast the dtype of the input is kept;
+- under autocast 16-bit inputs are taken to float32 first (`in_float32`), so that values lie on the grid; else dtypes are kept;
 - memory layout (channels last or first) of the input is kept; gradients are first-order only.
 """
 
@@ -156,7 +156,7 @@ class _MaxAbs(Function):
 def max_abs(w: Tensor, bits: int, channel: int | None = 0, min_scale: float = 2e-16) -> tuple[Tensor, Tensor]:
     """Signed narrow-range integers whose scale is the largest magnitude, per output channel or per tensor.
 
-    Forward:   q = 2^(bits-1) - 1; s_c = max(max |w_c|, min_scale) / q; m = rne(w / s) clipped to [-q, q]; value = m * s. Returns (value, s).
+    Forward:   q = 2^(bits-1) - 1; s_c = max(max |w_c|, min_scale) / q; m = rne(w / s) clipped to [-q, q]; returns (m * s, s)
     Gradient:  straight through rounding and clip, dw = g; and through the scale: with ds_c = sum_i g_i (m_i - w_i / s_c) + (gradient of the
                returned scale), the first element k of channel c that attains the maximum gets sign(w_k) * ds_c / q besides.
                An all-zero channel has codes 0, scale min_scale / q and no second term.
@@ -189,7 +189,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _inside(lo: int, hi: int, gradient: Gradient, like: Tensor) -> tuple[float, float]:
-    """Open interval of u = x / s in which dx = g. "brevitas": rounding first, so half a step more on each side (half to even decides the ends)."""
+    """Open interval of u = x / s in which dx = g. "brevitas" rounds first: half a step more on each side, half to even decides the ends."""
     if gradient == "2019":
         return _next(lo, -math.inf, like), _next(hi, math.inf, like)
     below, above = lo - 0.5, hi + 0.5
@@ -209,7 +209,8 @@ class _LearnedScale(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         u, value, scale = ctx.saved_tensors
-        dx = torch.ops.aten.hardtanh_backward(grad, u, *_inside(*ctx.range, u))
+        lo, hi, gradient = ctx.range
+        dx = torch.ops.aten.hardtanh_backward(grad, u, *_inside(lo, hi, gradient, u))
         ds = None
         if ctx.needs_input_grad[1]:
             if scale.numel() == 1:
@@ -229,8 +230,8 @@ def learned_scale(x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient
                In float32 the two sums of ds cancel: relative error up to about 4e-5.
     Shapes:    x any; s () or broadcastable, e.g. (1, C, 1, 1) for x (N, C, H, W)
     Ranges:    unsigned b bits: 0..2^b - 1, signed: -2^(b-1)..2^(b-1) - 1
-    Source:    MicroNet 2019 submission of quantised ProxylessNAS, QuantReLU / QuantHardTanh with a learned log2 scale: s = max(2^v, 2e-16) / L
-               with L = 2^b - 1 (ReLU) or 2^(b-1) (hardtanh); the chain through 2^v (dv = ds * s * ln 2) is left to autograd
+    Source:    MicroNet 2019 submission of quantised ProxylessNAS, QuantReLU / QuantHardTanh with a learned log2 scale:
+               s = max(2^v, 2e-16) / L, L = 2^b - 1 (ReLU) or 2^(b-1) (hardtanh); dv = ds * s * ln 2 is left to autograd
 
     >>> learned_scale(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor(0.5), 0, 15).tolist()
     [0.0, 0.5, 7.5]

@@ -3,9 +3,9 @@
     QuantConv2d(8, 16, 3, weight_quant=NarrowIntWeightPerChannelMaxAbs, weight_bit_width=4)
     QuantReLU(act_quant=UintActLearnedLog2Scale, bit_width=4, max_val=6.0)
 
-Each injector replaces `tensor_quant` by one fused module that answers (value, scale, zero_point, bit_width); proxies and layers stay Brevitas'
-own. The integer code of a value is round(value / scale) + zero_point. State-dict keys are those of Brevitas: none for weights and for
-constant scales, `...tensor_quant.scaling_impl.value` (log2 domain) for learned ones.
+Each injector replaces `tensor_quant` by one fused module that answers (value, scale, zero_point, bit_width); proxies and layers stay those
+of Brevitas. The integer code of a value is round(value / scale) + zero_point. State-dict keys are those of Brevitas: none for weights and
+for constant scales, `...tensor_quant.scaling_impl.value` (log2 domain) for learned ones.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class _TensorQuant(nn.Module):
 
 
 class BinarySignQuant(_TensorQuant):
+    scale: Tensor
+
     def __init__(self, sign_clip: float, sign_of_zero: float) -> None:
         super().__init__(1)
         self.clip, self.zero = sign_clip, sign_of_zero
@@ -83,14 +85,20 @@ class MaxAbsQuant(_TensorQuant):
 
 
 class LearnedScaleQuant(_TensorQuant):
+    """Brevitas builds `tensor_quant` anew at every load_state_dict; the scale of the one before is kept, with its dtype and device, so that an
+    optimizer made before the load goes on training it."""
+
     threshold: Tensor
 
-    def __init__(self, bit_width: int, signed: bool, narrow_range: bool, scaling_impl: nn.Module, scale_gradient: Gradient) -> None:
+    def __init__(
+        self, bit_width: int, signed: bool, narrow_range: bool, scaling_impl: nn.Module, scale_gradient: Gradient, proxy_module: nn.Module
+    ) -> None:
         super().__init__(bit_width)
-        half = 2 ** (bit_width - 1)
+        half = int(2 ** (bit_width - 1))
         self.lo, self.hi = (-half + int(narrow_range), half - 1) if signed else (0, 2 * half - 1 - int(narrow_range))
         self.gradient = scale_gradient
-        self.scaling_impl = scaling_impl
+        before = getattr(getattr(proxy_module, "fused_activation_quant_proxy", None), "tensor_quant", None)
+        self.scaling_impl = before.scaling_impl if isinstance(before, LearnedScaleQuant) else scaling_impl
         self.register_buffer("threshold", torch.tensor(float(-self.lo if signed else self.hi)), persistent=False)
 
     def forward(self, x: Tensor) -> Quantized:
