@@ -6,8 +6,12 @@ a synthesis report replaces them. Nothing here was fitted to one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, log2
+from weakref import WeakKeyDictionary
+
+import numpy as np
 
 from quantlib.ir import IntType
 
@@ -104,15 +108,76 @@ def adder_tree(lanes: int, bits: int) -> Cost:
     return total
 
 
-def dot(lanes: int, x: IntType, weight_bits: int, binary_weight: bool, sum_bits: int) -> Cost:
+def dot(lanes: int, x: IntType, weight: Words, sum_bits: int) -> Cost:
     """`lanes` products and their sum into an accumulator of `sum_bits` bits."""
-    binary_x = x.levels == 2 and x.lo == -x.hi
-    if binary_x and binary_weight:
+    if x.levels == 2 and x.lo == -x.hi and weight.bipolar:
         return xnor_popcount(lanes) + adder(sum_bits)
-    product = ceil(x.bits / 2) if binary_weight else 0
-    products = Cost(lut=product, ff=x.bits) if binary_weight else multiply(x.bits, weight_bits)
-    width = min(sum_bits, x.bits + (1 if binary_weight else weight_bits))
-    return products.times(lanes) + adder_tree(lanes, width) + adder(sum_bits)
+    bits = 1 if weight.bipolar else weight.bits
+    return multiply(x.bits, bits).times(lanes) + adder_tree(lanes, min(sum_bits, x.bits + bits)) + adder(sum_bits)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a table: how many bits each takes, and whether they are +1 and -1 only (then one bit)."""
+
+    bits: int
+    bipolar: bool
+
+
+_WORDS: WeakKeyDictionary[object, dict[str, Words]] = WeakKeyDictionary()
+
+
+def words(op: object, *names: str) -> Words:
+    """Width of the integers in these arrays of an op together; looked at once per op, however often its cost is asked for."""
+    known = _WORDS.setdefault(op, {})
+    key = " ".join(names)
+    if key not in known:
+        arrays = [np.asarray(v) for n in names if (v := getattr(op, n)) is not None]
+        lo, hi = min(int(a.min()) for a in arrays), max(int(a.max()) for a in arrays)
+        bipolar = all(bool((np.abs(a) == 1).all()) for a in arrays)
+        known[key] = Words(1 if bipolar else IntType((1,), lo, hi).bits, bipolar)
+    return known[key]
+
+
+def count(levels: int, bits: int) -> Cost:
+    """#{k : v >= T[k]} of one lane: a compare per threshold up to 15, a binary search in a pipeline of log2 steps above."""
+    if levels <= 15:
+        return compare(bits).times(levels) + Cost(lut=levels, ff=levels.bit_length())
+    return (compare(bits) + Cost(ff=2 * bits)).times(levels.bit_length())
+
+
+def mac(pixels: int, outputs: int, terms: int, x: IntType, weight: Words, sum_bits: int, pe: int, simd: int, style: str) -> Cost:
+    """pe sums of simd products per cycle over pixels * outputs/pe * terms/simd cycles, with one weight memory per pe.
+
+    The PE x SIMD arrangement of a matrix-vector unit is that of FINN (Umuroglu et al., arXiv 1612.07119, section 4.2).
+    """
+    steps = (outputs // pe) * (terms // simd)
+    unit = dot(simd, x, weight, sum_bits) + memory(steps, simd * weight.bits, style)
+    return loop(pixels * steps, pe * sum_bits) + unit.times(pe)
+
+
+def table(entries: int, bits: int, pe: int) -> Cost:
+    """Per-channel constants, `entries` channels of `bits` bits: one memory per lane, none where all channels share one."""
+    return memory(entries // pe, bits).times(pe) if entries > 1 else Cost()
+
+
+def line_buffer(x: IntType, rows: int, lanes: int) -> Cost:
+    """`rows` image rows, each a memory of its own (they are read side by side), words of `lanes` channels."""
+    channels, width = x.shape[0], x.shape[2]
+    return memory(width * channels // lanes, lanes * x.bits).times(rows)
+
+
+def window_fill(x: IntType, kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int] = (1, 1)) -> float:
+    """Share of the image that the first window of a sliding-window op needs: all rows above its last tap, and that row up to it."""
+    _, height, width = x.shape
+    rows = min(max((kernel[0] - 1) * dilation[0] - padding[0], 0), height - 1)
+    cols = min(max((kernel[1] - 1) * dilation[1] - padding[2], 0), width - 1)
+    return (rows * width + cols + 1) / (height * width)
+
+
+def converter(source: int, sink: int) -> Cost:
+    """From words of `source` bits to words of `sink` bits: a shift register of the wider one and its selection."""
+    return Cost() if source == sink else Cost(lut=max(source, sink) // 2 + 16, ff=2 * max(source, sink))
 
 
 _BRAM_SHAPES = ((16_384, 1), (8_192, 2), (4_096, 4), (2_048, 9), (1_024, 18), (512, 36))  # 18-kbit block: UG573 and UG473, port widths

@@ -5,14 +5,24 @@ The graph says what is computed, the schedule how fast; neither knows the other'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import ceil
 from types import MappingProxyType
+from typing import Any
+
+import numpy as np
 
 from quantlib.cost import Cost as Cost
-from quantlib.ir import Graph
+from quantlib.cost import converter, fifo
+from quantlib.ir import Graph, IntType, Node
+from quantlib.ops._base import Op
+from quantlib.parts import PARTS, RESOURCES, Part
+from quantlib.parts import part as find_part
 
 MEMORY_STYLES = ("auto", "lut", "bram", "uram")
+# A stream word wider than this needs a vendor switch (AP_INT_MAX_W is 1,024 unless raised: UG1399, arbitrary precision types).
+WORD_BITS = 1_024
 
 
 @dataclass(frozen=True)
@@ -36,21 +46,28 @@ class Folding:
 
 @dataclass(frozen=True)
 class Stage:
-    """Layout of one node: its folding, and for each of its inputs the depth in words of the FIFO that feeds it (2 is a register pair)."""
+    """Layout of one node: its folding, and the depth in words of the FIFO in front of each of its inputs (2 is a register pair)."""
 
     folding: Folding = field(default_factory=Folding)
     depths: tuple[int, ...] = ()
 
 
 class Schedule(Mapping[str, Stage]):
-    """Node name -> Stage, read-only. `Schedule.of(graph)` is the smallest layout: one lane everywhere, FIFOs of depth 2."""
+    """Node name -> Stage, read-only. `Schedule.of(graph)` is the smallest layout: one lane everywhere, with the FIFO depths that it needs."""
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
         self._stages = MappingProxyType(dict(stages))
 
     @classmethod
-    def of(cls, graph: Graph) -> Schedule:
-        return cls({n.name: Stage(Folding(), (2,) * len(n.inputs)) for n in graph})
+    def of(cls, graph: Graph, foldings: Mapping[str, Folding] | None = None) -> Schedule:
+        """The schedule with these foldings (one lane where a node is not named) and FIFOs deep enough for them."""
+        chosen = {n.name: (foldings or {}).get(n.name, Folding()) for n in graph}
+        for name in foldings or {}:
+            if name not in chosen:
+                raise KeyError(f"the graph {graph.name} has no node {name}")
+        for node in graph:
+            check_folding(node, graph.types(node), chosen[node.name])
+        return cls(_with_depths(graph, chosen))
 
     def __getitem__(self, name: str) -> Stage:
         try:
@@ -63,3 +80,350 @@ class Schedule(Mapping[str, Stage]):
 
     def __len__(self) -> int:
         return len(self._stages)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One node of a plan: its folding, what it costs with the FIFOs in front of it, and its own cycles per image."""
+
+    name: str
+    op: str
+    folding: Folding
+    depths: tuple[int, ...]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `estimate` returns: a schedule and what it takes on a part.
+
+    total: sum over the rows. budget: what may be used (quantlib.parts.USABLE of the part). cycles: per image in steady state, those of the slowest
+    node, named by `bottleneck`; fps = clock / cycles. latency: cycles from the first input word to the last output word of one image.
+    missing: resource -> how much of it is lacking ("fps" -> frames per second, when no legal folding reaches the target); empty when it fits.
+    smallest: the smallest listed part that holds the network at the target (at any speed where none was set), None when none does.
+    """
+
+    network: str
+    part: Part
+    clock_mhz: float
+    schedule: Schedule
+    rows: tuple[Row, ...]
+    total: Cost
+    cycles: int
+    latency: int
+    bottleneck: str
+    target_fps: float | None
+    missing: Mapping[str, float]
+    smallest: str | None
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing
+
+    @property
+    def fps(self) -> float:
+        return self.clock_mhz * 1e6 / self.cycles
+
+    @property
+    def latency_us(self) -> float:
+        return self.latency / self.clock_mhz
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "network": self.network,
+            "part": self.part.full_name,
+            "clock_mhz": self.clock_mhz,
+            "fits": self.fits,
+            "missing": dict(self.missing),
+            "smallest_part": self.smallest,
+            "target_fps": self.target_fps,
+            "cycles_per_image": self.cycles,
+            "frames_per_second": self.fps,
+            "latency_cycles": self.latency,
+            "bottleneck": self.bottleneck,
+            "total": {r: getattr(self.total, r) for r in RESOURCES},
+            "budget": self.part.budget(),
+            "rows": [{**asdict(r), "cost": r.cost.to_dict()} for r in self.rows],
+        }
+
+    def __str__(self) -> str:
+        head = ("node", "op", "pe", "simd", "memory", "fifo", "cycles", *RESOURCES)
+        table = [head]
+        for r in self.rows:
+            counts = (str(getattr(r.cost, k)) for k in RESOURCES)
+            depths = "+".join(map(str, r.depths))
+            table.append((r.name, r.op, str(r.folding.pe), str(r.folding.simd), r.folding.memory, depths, str(r.cost.cycles), *counts))
+        table.append(("total", "", "", "", "", "", str(self.cycles), *(str(getattr(self.total, k)) for k in RESOURCES)))
+        budget = self.part.budget()
+        table.append(("may be used", "", "", "", "", "", "", *(str(budget[k]) for k in RESOURCES)))
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in table]
+        rule = "-" * max(map(len, lines))
+        speed = f"{self.cycles:,} cycles per image (slowest: {self.bottleneck}), {self.fps:,.1f} frames/s, latency {self.latency:,} cycles"
+        verdict = "fits"
+        if not self.fits:
+            lacking = ", ".join(f"{v:,.0f} {k}" for k, v in self.missing.items())
+            verdict = f"does not fit, missing {lacking}; smallest listed part that would do: {self.smallest or 'none'}"
+        body = [lines[0], rule, *lines[1:-2], rule, *lines[-2:]]
+        return "\n".join([f"{self.network} on {self.part} at {self.clock_mhz:g} MHz: {verdict}", speed, "", *body])
+
+
+def estimate(
+    graph: Graph,
+    part: str | Part = "xczu3eg",
+    fps: float | None = None,
+    *,
+    clock_mhz: float | None = None,
+    schedule: Schedule | None = None,
+) -> Plan:
+    """The folding of every node that makes `graph` fast on `part`, and what it costs.
+
+    Without fps: the fewest cycles per image whose cheapest layout keeps within the part's budget. With fps: the least resources that reach
+    clock / fps cycles. A schedule of your own is only costed. Where nothing fits, the plan is the nearest one found, `fits` is False and `missing`
+    says what is lacking. Cost is the least sum of the shares of the budget; where one resource runs short its share weighs more.
+
+    Raises LookupError for an unknown part, ValueError for fps or clock_mhz that are not positive and for a schedule with an illegal folding.
+    """
+    device = find_part(part)
+    clock = device.clock_mhz if clock_mhz is None else clock_mhz
+    if not clock > 0 or (fps is not None and not fps > 0):
+        raise ValueError(f"clock_mhz = {clock} and fps = {fps} must be positive")
+    if schedule is not None:
+        for node in graph:
+            check_folding(node, graph.types(node), schedule[node.name].folding)
+        return _plan(graph, device, clock, fps, schedule, None)
+    options = [_options(n, graph.types(n)) for n in graph]
+    target = None if fps is None else int(clock * 1e6 / fps)
+    chosen = _solve(graph, options, device, target)
+    plan = _plan(graph, device, clock, fps, chosen, None)
+    if plan.fits:
+        return plan
+    for other in PARTS:
+        speed = device.clock_mhz if clock_mhz is None else clock_mhz
+        trial = _plan(graph, other, speed, fps, _solve(graph, options, other, target, any_speed=fps is None), None)
+        if trial.fits:
+            return _plan(graph, device, clock, fps, chosen, other.name)
+    return plan
+
+
+# Legal foldings.
+
+
+def lanes(op: Op, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
+    """The counts that pe and simd must divide: output channels, and the inputs of one output that arrive in one pixel."""
+    weight = getattr(op, "weight", None)
+    if weight is None or type(op).__name__ == "SaturatingDense":
+        return y.shape[0], 1
+    return y.shape[0], weight.shape[1]
+
+
+def check_folding(node: Node, x: Sequence[IntType], folding: Folding) -> None:
+    pe, simd = lanes(node.op, x, node.type)
+    if pe % folding.pe or simd % folding.simd:
+        raise ValueError(
+            f"{node.name} ({type(node.op).__name__}): pe = {folding.pe} must divide {pe} and simd = {folding.simd} must divide {simd}"
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Options:
+    """The foldings of one node that no other of it beats in every resource and in cycles."""
+
+    foldings: list[Folding]
+    cycles: np.ndarray
+    usage: np.ndarray  # (options, resources)
+
+
+def _options(node: Node, x: Sequence[IntType]) -> _Options:
+    pes, simds = lanes(node.op, x, node.type)
+    styles = ("lut", "bram", "uram") if hasattr(node.op, "weight") else ("auto",)
+    found: list[tuple[Folding, Cost]] = []
+    for pe in _divisors(pes):
+        for simd in _divisors(simds):
+            if max(pe * node.type.bits, simd * max((t.bits for t in x), default=0)) > WORD_BITS and (pe, simd) != (1, 1):
+                continue
+            found += [(f, node.op.cost(x, node.type, f)) for f in (Folding(pe, simd, s) for s in styles)]
+    cycles = np.array([c.cycles for _, c in found])
+    usage = np.array([[getattr(c, r) for r in RESOURCES] for _, c in found], dtype=np.float64)
+    keep = _undominated(np.column_stack([cycles, usage]))
+    return _Options([found[i][0] for i in keep], cycles[keep], usage[keep])
+
+
+def _undominated(points: np.ndarray) -> list[int]:
+    """Indices of the points that no other beats or equals in every coordinate (of equal points the first)."""
+    keep: list[int] = []
+    for i in np.lexsort(points.T[::-1]):
+        if not keep or not (points[keep] <= points[i]).all(1).any():
+            keep.append(int(i))
+    return keep
+
+
+# The solver: bisection over the bottleneck; for each, one option per node under several budgets.
+
+
+def _solve(graph: Graph, options: list[_Options], device: Part, target: int | None, any_speed: bool = False) -> Schedule:
+    names = [n.name for n in graph]
+    budget = np.array([float(v) for v in device.budget().values()])
+    streams = np.zeros(len(RESOURCES))
+    for _ in range(4):  # what FIFOs and converters take depends on the folding: leave room for it and choose again
+        picked = _choose(options, np.maximum(budget - streams, 0), target, any_speed)
+        schedule = Schedule(_with_depths(graph, {n: o.foldings[i] for n, o, i in zip(names, options, picked, strict=True)}))
+        needed = np.array([sum(getattr(_stream_cost(graph, n, schedule), r) for n in graph) for r in RESOURCES], dtype=np.float64)
+        used = sum((o.usage[i] for o, i in zip(options, picked, strict=True)), np.zeros(len(RESOURCES)))
+        if (used + needed <= budget).all() or (needed <= streams).all():
+            break
+        streams = np.maximum(streams, needed)
+    return schedule
+
+
+def _choose(options: list[_Options], budget: np.ndarray, target: int | None, any_speed: bool) -> list[int]:
+    """One option per node: fewest cycles within budget, or (target) the cheapest with at most `target` cycles; the nearest miss where none fits."""
+    slowest = max(int(o.cycles.min()) for o in options)  # no layout is faster than the fastest of the slowest node
+    if target is not None:
+        return _fit(options, budget, max(target, slowest))[1]
+    candidates = sorted({int(c) for o in options for c in o.cycles if c >= slowest})
+    fits, best = _fit(options, budget, candidates[-1])
+    if not fits or any_speed:
+        return best
+    low, high = 0, len(candidates) - 1  # candidates[high] fits
+    while low < high:
+        middle = (low + high) // 2
+        fits, picked = _fit(options, budget, candidates[middle])
+        if fits:
+            high, best = middle, picked
+        else:
+            low = middle + 1
+    return best
+
+
+def _fit(options: list[_Options], budget: np.ndarray, limit: int) -> tuple[bool, list[int]]:
+    """Is there one option per node with at most `limit` cycles whose sums keep within budget? With it, or with the nearest miss.
+
+    Weights on the resources turn the question into a choice per node; they are raised where the sum is over. The weighted sum of the minima
+    proves a 'no' when it exceeds the weighted budget; what remains open is searched.
+    """
+    share = np.where(budget > 0, 1 / np.maximum(budget, 1e-9), 1e9)
+    allowed = [np.flatnonzero(o.cycles <= limit) for o in options]
+    usage = [o.usage[a] * share for o, a in zip(options, allowed, strict=True)]
+    flat = np.concatenate(usage)
+    starts = np.cumsum([0, *(len(u) for u in usage[:-1])])
+    owner = np.repeat(np.arange(len(usage)), [len(u) for u in usage])
+    weights = np.ones(len(RESOURCES))
+    nearest: tuple[float, np.ndarray] | None = None
+    for _ in range(60):
+        score = flat @ weights
+        least = np.minimum.reduceat(score, starts)
+        first = np.full(len(usage), len(flat))
+        hits = np.flatnonzero(score == least[owner])
+        np.minimum.at(first, owner[hits], hits)
+        sums = flat[first].sum(0)
+        over = float(sums.max())
+        if nearest is None or over < nearest[0]:
+            nearest = (over, first)
+        if over <= 1:
+            return True, [int(a[f - s]) for a, f, s in zip(allowed, first, starts, strict=True)]
+        if least.sum() > weights.sum() * (1 + 1e-9):
+            break
+        weights = weights * np.exp(0.5 * np.clip(sums - 1, -1, 1))
+        weights /= weights.mean()
+    else:
+        found = _search(usage)
+        if found is not None:
+            return True, [int(a[f]) for a, f in zip(allowed, found, strict=True)]
+    assert nearest is not None
+    return False, [int(a[f - s]) for a, f, s in zip(allowed, nearest[1], starts, strict=True)]
+
+
+def _search(usage: list[np.ndarray], limit: int = 20_000) -> list[int] | None:
+    """Depth-first search for one row per node whose sum is at most 1 everywhere; exact unless it takes more than `limit` steps."""
+    rows = [_undominated(u) for u in usage]
+    order = sorted(range(len(usage)), key=lambda i: -float(usage[i][rows[i]].max()))
+    rest = np.zeros((len(usage) + 1, len(RESOURCES)))
+    for depth in range(len(order) - 1, -1, -1):
+        rest[depth] = rest[depth + 1] + usage[order[depth]][rows[order[depth]]].min(0)
+    picked: dict[int, int] = {}
+    steps = 0
+
+    def descend(depth: int, used: np.ndarray) -> bool:
+        nonlocal steps
+        if depth == len(order):
+            return True
+        node = order[depth]
+        for row in sorted(rows[node], key=lambda r: float((used + usage[node][r]).max())):
+            steps += 1
+            now = used + usage[node][row]
+            if steps > limit:
+                return False
+            if (now + rest[depth + 1] <= 1).all():
+                picked[node] = row
+                if descend(depth + 1, now):
+                    return True
+        return False
+
+    return [picked[i] for i in range(len(usage))] if descend(0, np.zeros(len(RESOURCES))) else None
+
+
+# FIFOs and totals.
+
+
+def _words(t: IntType, pe: int) -> int:
+    """Words of one image on a stream that carries pe channels per word."""
+    return t.numel // pe
+
+
+def _with_depths(graph: Graph, foldings: Mapping[str, Folding]) -> dict[str, Stage]:
+    """FIFO depths: where branches meet, the shorter one stores what its source sends while the longer one fills."""
+    lag: dict[str, float] = {}
+    stages: dict[str, Stage] = {}
+    for node in graph:
+        cost = node.op.cost(graph.types(node), node.type, foldings[node.name])
+        longest = max((lag[i] for i in node.inputs), default=0.0)
+        lag[node.name] = longest + cost.fill
+        depths = []
+        for i in node.inputs:
+            words = _words(graph.by_name[i].type, foldings[i].pe)
+            depths.append(BASE_DEPTH + min(ceil((longest - lag[i]) * words), words))
+        stages[node.name] = Stage(foldings[node.name], tuple(depths))
+    return stages
+
+
+BASE_DEPTH = 2
+
+
+def _stream_cost(graph: Graph, node: Node, schedule: Schedule) -> Cost:
+    """The FIFOs in front of a node, and the converters where it reads other words than its source writes."""
+    total = Cost()
+    stage = schedule[node.name]
+    for i, depth in zip(node.inputs, stage.depths, strict=True):
+        source = graph.by_name[i]
+        width = source.type.bits * schedule[i].folding.pe
+        wanted = source.type.bits * (stage.folding.simd if hasattr(node.op, "weight") else stage.folding.pe)
+        total += fifo(depth, width) + converter(width, wanted)
+    return total
+
+
+def _plan(graph: Graph, device: Part, clock: float, fps: float | None, schedule: Schedule, smallest: str | None) -> Plan:
+    rows, total, start, finish = [], Cost(), {}, {}
+    slowest, bottleneck = 1, graph.input.name
+    for node in graph:
+        stage = schedule[node.name]
+        own = node.op.cost(graph.types(node), node.type, stage.folding)
+        if own.cycles > slowest:
+            slowest, bottleneck = own.cycles, node.name
+        cost = own + _stream_cost(graph, node, schedule)
+        rows.append(Row(node.name, type(node.op).__name__, stage.folding, stage.depths, cost))
+        total += cost
+        start[node.name] = max((start[i] + own.fill * (finish[i] - start[i]) for i in node.inputs), default=0.0)
+        finish[node.name] = max([start[node.name] + own.cycles, *(finish[i] for i in node.inputs)])
+    budget = device.budget()
+    missing: dict[str, float] = {r: getattr(total, r) - budget[r] for r in RESOURCES if getattr(total, r) > budget[r]}
+    if fps is not None and slowest > int(clock * 1e6 / fps):
+        missing["fps"] = fps - clock * 1e6 / slowest
+    latency = ceil(max(finish[o] for o in graph.outputs))
+    return Plan(graph.name, device, clock, schedule, tuple(rows), total, slowest, latency, bottleneck, fps, missing,
+                smallest or (device.name if not missing else None))  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from quantlib.cost import Cost, adder, loop
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import lattice, stride_of
@@ -15,7 +16,7 @@ from quantlib.ops._lattice import lattice, stride_of
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,8 @@ class Add(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """One adder per lane."""
+        return loop(y.numel // folding.pe, folding.pe * y.bits) + adder(y.bits).times(folding.pe)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from quantlib.cost import Cost, adder, count, loop, memory, table, words
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, constant, expect, same_channels
 from quantlib.ops._lattice import check_narrow, check_rows, check_sign, count_reached, narrow_index, set_narrow, signed
@@ -16,7 +17,7 @@ from quantlib.ops._lattice import check_narrow, check_rows, check_sign, count_re
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,13 @@ class AffineJoin(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """Per lane a memory with the offset of every narrow code, one sum, and the compares."""
+        channels, codes = self.offset.shape
+        bits = max(x[0].bits + self.shift, words(self, "offset").bits) + 1
+        stored = memory(max(channels // folding.pe, 1) * codes, words(self, "offset").bits)
+        levels = self.thresholds.shape[1]
+        rows = table(self.thresholds.shape[0], levels * bits + 1, folding.pe)
+        return loop(y.numel // folding.pe, folding.pe * y.bits) + (adder(bits) + count(levels, bits) + stored).times(folding.pe) + rows
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quantlib.cost import Cost, loop
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import carry_scale, lattice, stride_of
@@ -16,7 +17,7 @@ from quantlib.ops._lattice import carry_scale, lattice, stride_of
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,8 @@ class Concat(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """Words are taken from one input after the other, pixel by pixel."""
+        return loop(y.numel // folding.pe, folding.pe * y.bits)
 
     @classmethod
     def examples(cls) -> list[Example]:

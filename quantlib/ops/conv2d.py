@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from quantlib.cost import Cost, line_buffer, mac, window_fill, words
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, constant, expect
 from quantlib.ops._lattice import lattice, stride_of, tensor_scale
@@ -17,7 +18,7 @@ from quantlib.ops._window import check_window, conv2d, out_shape, pair, quad
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,12 @@ class Conv2d(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """A matrix-vector unit of pe x simd products, behind kh buffered image rows."""
+        _, i, kh, kw = self.weight.shape
+        weight = words(self, "weight")
+        unit = mac(y.shape[1] * y.shape[2], y.shape[0], i * kh * kw, x[0], weight, y.bits, folding.pe, folding.simd, folding.memory)
+        rows = Cost() if kh == kw == 1 else line_buffer(x[0], kh, folding.simd)
+        return unit + rows + Cost(fill=window_fill(x[0], (kh, kw), self.padding, self.dilation))
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from quantlib.cost import Cost, mac, memory, words
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, constant, expect
 from quantlib.ops.conv2d import sum_type
@@ -16,7 +17,7 @@ from quantlib.ops.conv2d import sum_type
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,10 @@ class Dense(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """A matrix-vector unit of pe x simd products behind a buffer of the input, which every group of outputs reads again."""
+        o, k = self.weight.shape
+        unit = mac(1, o, k, x[0], words(self, "weight"), y.bits, folding.pe, folding.simd, folding.memory)
+        return unit + memory(k // folding.simd, folding.simd * x[0].bits) + Cost(fill=1.0)
 
     @classmethod
     def examples(cls) -> list[Example]:

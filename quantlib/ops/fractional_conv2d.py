@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantlib.cost import Cost, adder, compare, line_buffer, loop, memory, table, window_fill, words, xnor_popcount
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, constant, expect, floor_shift, per_channel
 from quantlib.ops._lattice import tensor_scale
@@ -18,7 +19,7 @@ from quantlib.ops._window import check_window, conv2d, out_shape, pair, quad
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,16 @@ class FractionalConv2d(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """Two XNOR-popcounts (the planes m and l) per pe and cycle over one weight memory, a compare with the gate, a sum."""
+        o, i, kh, kw = self.weight.shape
+        steps = (o // folding.pe) * (i * kh * kw // folding.simd)
+        planes = (xnor_popcount(folding.simd) + adder(self.taps.bit_length() + 1)).times(2)
+        # A merge multiplies by two constants of 8 bits: about four additions of the word each, with rounding and two clamps.
+        join = adder(y.bits) if self.merge is None else adder(y.bits + self.merge.shift).times(11)
+        unit = planes + compare(self.taps.bit_length() + 1) + join + memory(steps, folding.simd, folding.memory)
+        rows = Cost() if kh == kw == 1 else line_buffer(x[0], kh, folding.simd)
+        control = loop(y.shape[1] * y.shape[2] * steps, folding.pe * y.bits, window_fill(x[0], (kh, kw), self.padding))
+        return control + unit.times(folding.pe) + table(o, words(self, "gate").bits, folding.pe) + rows
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from quantlib.cost import Cost
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,8 @@ class Input(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """The words come from outside, pe channels per cycle."""
+        return Cost(cycles=y.numel // folding.pe)
 
     @classmethod
     def examples(cls) -> list[Example]:

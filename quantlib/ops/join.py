@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from quantlib.cost import Cost, count, loop, memory, words
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, constant, expect, same_channels
 from quantlib.ops._lattice import check_narrow, check_rows, count_reached_at, narrow_index, set_narrow, signed
@@ -16,7 +17,7 @@ from quantlib.ops._lattice import check_narrow, check_rows, count_reached_at, na
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,10 @@ class Join(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """Per lane a memory with the thresholds of every narrow code, and the compares."""
+        channels, codes, levels = self.thresholds.shape
+        stored = memory(max(channels // folding.pe, 1) * codes, levels * min(words(self, "thresholds").bits, x[0].bits + 1) + 1)
+        return loop(y.numel // folding.pe, folding.pe * y.bits) + (count(levels, x[0].bits) + stored).times(folding.pe)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantlib.cost import Cost, loop, memory
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, constant, expect, same_channels
 from quantlib.ops._lattice import stride_of
@@ -17,7 +18,7 @@ from quantlib.ops._lattice import stride_of
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,10 @@ class Lut(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """pe table look-ups per cycle, the tables of a lane's channels in one memory."""
+        channels, levels = self.table.shape
+        stored = memory(max(channels // folding.pe, 1) * levels, y.bits, folding.memory).times(folding.pe)
+        return loop(y.numel // folding.pe, folding.pe * y.bits) + stored
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantlib.cost import Cost, compare, line_buffer, loop, window_fill
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import channel_scale
@@ -19,7 +20,7 @@ from quantlib.ops._window import check_window, out_shape, out_size, pad_value, p
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,12 @@ class MaxPool(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """A compare per tap and lane behind the buffered rows of a window."""
+        taps = self.kernel[0] * self.kernel[1]
+        unit = compare(x[0].bits).times(taps - 1) + Cost(lut=x[0].bits, ff=x[0].bits)
+        fill = window_fill(x[0], self.kernel, self.padding, self.dilation)
+        control = loop(max(x[0].numel, y.numel) // folding.pe, folding.pe * y.bits, fill)
+        return control + unit.times(folding.pe) + line_buffer(x[0], self.kernel[0], folding.pe)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantlib.cost import Cost, loop
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import lattice, stride_of, tensor_scale
@@ -16,7 +17,7 @@ from quantlib.ops._lattice import lattice, stride_of, tensor_scale
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,8 @@ class Pad(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """One word out per cycle, zeros or those of the input."""
+        return loop(y.numel // folding.pe, folding.pe * y.bits)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantlib.cost import Cost, loop, memory
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import carry_scale
@@ -17,7 +18,7 @@ from quantlib.ops._lattice import carry_scale
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,9 @@ class Rearrange(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """The whole map is stored twice (one is written while the other is read) beside the table of addresses."""
+        stored = memory(2 * x[0].numel, x[0].bits) + memory(y.numel, x[0].numel.bit_length())
+        return loop(max(x[0].numel, y.numel), y.bits, 1.0) + stored
 
     @classmethod
     def examples(cls) -> list[Example]:

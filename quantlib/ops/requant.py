@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from quantlib.cost import Cost, adder, compare, loop, multiply, table, words
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect, floor_shift, per_channel, same_channels
 
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,16 @@ class Requant(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """Per lane a product, a sum, a shift by a constant (free) and two compares for the clamp; a kink adds one compare and wider tables."""
+        mul, add = words(self, "mul", "mul2"), words(self, "add", "add2")
+        product = x[0].bits + mul.bits
+        lane = multiply(x[0].bits, mul.bits) + adder(max(product, add.bits)) + compare(max(product, add.bits)).times(2)
+        stored = mul.bits + add.bits
+        if self.kink is not None:
+            lane += compare(x[0].bits)
+            stored = 2 * stored + words(self, "kink").bits
+        channels = max(len(v) for v in self.constants.values())
+        return loop(y.numel // folding.pe, folding.pe * y.bits) + lane.times(folding.pe) + table(channels, stored, folding.pe)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from quantlib.cost import Cost, adder, compare, loop, memory, multiply, words
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, constant, expect, floor_shift
 from quantlib.ops._lattice import tensor_scale
@@ -16,7 +17,7 @@ from quantlib.ops._lattice import tensor_scale
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,13 @@ class SaturatingDense(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """One product, rounding, sum and clamp per pe and cycle, in the order of k."""
+        o, k = self.weight.shape
+        weight = words(self, "weight")
+        product = x[0].bits + weight.bits
+        unit = multiply(x[0].bits, weight.bits) + adder(product) + adder(y.bits + 1) + compare(y.bits + 1).times(2)
+        unit += memory(o // folding.pe * k, weight.bits, folding.memory)
+        return loop(o // folding.pe * k, folding.pe * y.bits, 1.0) + unit.times(folding.pe) + memory(k, x[0].bits)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantlib.cost import Cost, loop, memory
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import carry_scale
@@ -17,7 +18,7 @@ from quantlib.ops._lattice import carry_scale
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,9 @@ class Select(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """The channels of a pixel are stored twice (one is written while the other is read) and picked by number."""
+        stored = memory(2 * x[0].shape[0] // folding.pe, folding.pe * x[0].bits)
+        return loop(max(x[0].numel, y.numel) // folding.pe, folding.pe * y.bits) + stored
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from quantlib.cost import Cost, loop
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import carry_scale
@@ -15,7 +16,7 @@ from quantlib.ops._lattice import carry_scale
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,8 @@ class Slice2d(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """Words outside the slice are read and dropped."""
+        return loop(x[0].numel // folding.pe, folding.pe * y.bits)
 
     @classmethod
     def examples(cls) -> list[Example]:

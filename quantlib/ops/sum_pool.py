@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from quantlib.cost import Cost, adder, line_buffer, loop, memory, window_fill
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import channel_scale, lattice, stride_of
@@ -16,7 +17,7 @@ from quantlib.ops._window import check_window, out_shape, pad_value, pair, quad,
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,12 @@ class SumPool(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """An addition per tap and lane behind the buffered rows of a window; over the whole map one running sum per channel."""
+        control = loop(max(x[0].numel, y.numel) // folding.pe, folding.pe * y.bits, window_fill(x[0], self.kernel, self.padding))
+        if y.shape[1:] == (1, 1):
+            return control + (adder(y.bits) + memory(y.shape[0] // folding.pe, y.bits)).times(folding.pe)
+        taps = self.kernel[0] * self.kernel[1]
+        return control + adder(y.bits).times((taps - 1) * folding.pe) + line_buffer(x[0], self.kernel[0], folding.pe)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from quantlib.cost import Cost, compare, loop, table, words
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, constant, expect, same_channels
 from quantlib.ops._lattice import check_rows, tensor_scale
@@ -16,7 +17,7 @@ from quantlib.ops._lattice import check_rows, tensor_scale
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,10 @@ class Thermometer(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """One compare per output channel and lane."""
+        rows, bits = self.thresholds.shape
+        stored = table(rows * bits, min(words(self, "thresholds").bits, x[0].bits + 1), folding.pe)
+        return loop(y.numel // folding.pe, folding.pe) + compare(x[0].bits).times(folding.pe) + stored
 
     @classmethod
     def examples(cls) -> list[Example]:

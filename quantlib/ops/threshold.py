@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from quantlib.cost import Cost, count, loop, table, words
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect, same_channels
 from quantlib.ops._lattice import check_rows, check_sign, count_reached, signed
@@ -16,7 +17,7 @@ from quantlib.ops._lattice import check_rows, check_sign, count_reached, signed
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
 
-    from quantlib.schedule import Cost, Folding
+    from quantlib.schedule import Folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,11 @@ class Threshold(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        raise GraphError("not costed yet")
+        """pe lanes, each with its compares or binary search; the thresholds of its channels lie in a memory per lane."""
+        channels, levels = self.thresholds.shape
+        lane = count(levels, x[0].bits)
+        stored = table(channels, levels * min(words(self, "thresholds").bits, x[0].bits + 1) + 1, folding.pe)
+        return loop(y.numel // folding.pe, folding.pe * y.bits) + lane.times(folding.pe) + stored
 
     @classmethod
     def examples(cls) -> list[Example]:
