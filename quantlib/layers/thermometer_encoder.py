@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from quantlib.ir import Grid
 from quantlib.layers._base import Example, Layer
 from quantlib.ops.thermometer import Thermometer
+from quantlib.tails import Map
 
 
 class ThermometerEncoder(Layer, nn.Module):
@@ -17,7 +18,8 @@ class ThermometerEncoder(Layer, nn.Module):
     Forward:   level = rne(x * 255 / resolution), always computed in float32; y[:, c * B + b] = +1 if b < level else -1
     Gradient:  none flows to the input
     Shapes:    x (N, C, H, W) -> y (N, C * B, H, W), B = round(255 / resolution): 32 planes per colour, lowest first, for 8
-    Ranges:    x in [0, 1], pixel / 255. Ties go to the even level: with resolution 8, pixel 4 has level 0, pixel 12 level 2
+    Ranges:    x in [0, 1], pixel / 255, or uint8 pixels (then y is float32). Ties go to the even level: with resolution 8,
+               pixel 4 has level 0, pixel 12 level 2
     State:     none
     Source:    FracBNN (arXiv 2012.12206), `InputEncoder`
 
@@ -30,24 +32,29 @@ class ThermometerEncoder(Layer, nn.Module):
         self.resolution = resolution
         self.planes = round(255 / resolution)
 
+    def level(self, x: Tensor) -> Tensor:
+        """Number of planes that are +1, before clipping to 0..planes, as float32 integers."""
+        return ((x.detach().float() * 255) / self.resolution).round_()
+
     def forward(self, x: Tensor) -> Tensor:
-        level = ((x.detach().float() * 255) / self.resolution).round_()
-        above = level.unsqueeze(2) - torch.arange(self.planes, dtype=torch.float32, device=x.device).reshape(-1, 1, 1)
-        y = above.mul_(2).sub_(1).clamp_(-1, 1).flatten(1, 2)
-        return y.to(x.dtype).contiguous(memory_format=torch.channels_last) if _channels_last(x) else y.to(x.dtype)
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        above = self.level(x).unsqueeze(2) - torch.arange(self.planes, dtype=torch.float32, device=x.device).reshape(-1, 1, 1)
+        y = above.mul_(2).sub_(1).clamp_(-1, 1).flatten(1, 2).to(x.dtype)
+        return y.contiguous(memory_format=torch.channels_last) if x.is_contiguous(memory_format=torch.channels_last) else y
 
     def lower(self, g: Any, x: Any) -> Any:
-        edge = g.integer(x)
+        edge = x if isinstance(x, Map) else g.integer(x)
+        if isinstance(edge, Map) or np.asarray(edge.type.scale).size > 1:  # real values, or one scale per channel: levels first
+            edge = g.quantize(lambda t: self.level(t).clamp_(0, self.planes).to(t.dtype), edge, Grid(0, self.planes, 1.0))
+            return g.add(Thermometer(np.arange(1, self.planes + 1)[None, :]), edge, scale=1.0)
         codes = np.arange(edge.type.lo, edge.type.hi + 1, edge.type.step)
-        scale = np.asarray(edge.type.scale)
-        if scale.size != 1:
-            raise ValueError(f"a thermometer encoder reads an image of one scale, got {scale.size} of them")
-        planes = self(torch.from_numpy(codes * float(scale.reshape(()))).reshape(-1, 1, 1, 1)).flatten(1) > 0
-        below = (~planes).sum(0).numpy()
-        if not torch.equal(planes, torch.arange(len(codes))[:, None] >= torch.from_numpy(below)):
-            raise ValueError("the thermometer's planes do not rise with the pixel")
-        thresholds = np.append(codes, codes[-1] + edge.type.step)[below]
-        return g.add(Thermometer(thresholds[None, :]), edge, scale=1.0)
+        level = self.level(torch.from_numpy(codes * float(edge.type.scale))).numpy()
+        after = np.append(codes, codes[-1] + edge.type.step)
+        thresholds = [
+            after[np.searchsorted(level, plane, side="right")] for plane in range(self.planes)
+        ]  # the first code with level > plane
+        return g.add(Thermometer(np.array([thresholds])), edge, scale=1.0)
 
     def input_grid(self) -> Grid:
         """Raw image codes: 0..255 of scale 1/255."""
@@ -60,7 +67,3 @@ class ThermometerEncoder(Layer, nn.Module):
     def examples() -> list[Example]:
         ramp = torch.arange(2 * 3 * 8 * 16).remainder(256).reshape(2, 3, 8, 16) / 255
         return [(ThermometerEncoder(r), ramp) for r in (4, 8, 16, 32)]
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

@@ -85,8 +85,7 @@ class MaxAbsQuant(_TensorQuant):
 
 
 class LearnedScaleQuant(_TensorQuant):
-    """Brevitas builds `tensor_quant` anew at every load_state_dict; the scale of the one before is kept, with its dtype and device, so that an
-    optimizer made before the load goes on training it."""
+    """The scale outlives load_state_dict, at which Brevitas builds `tensor_quant` anew: an optimizer made before goes on training it."""
 
     threshold: Tensor
 
