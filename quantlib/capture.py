@@ -1,0 +1,364 @@
+"""Record one run of a model as a flat list of calls, and replay that record on other inputs.
+
+The model runs once, in float64 and eval mode, on a concrete batch, with layers as leaves; torch functions between them are recorded too, what touches
+only parameters folds to constants. A second run with another batch size shows which literals are the batch axis. The record is replayed on fresh inputs
+and must equal the model bit for bit, so whatever recording cannot see is an error here and not a wrong integer later.
+"""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from quantlib import _brevitas
+
+
+class CaptureError(ValueError):
+    """The model does something that a record of one run cannot hold; the message shows the line and what would work."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of the record, by number. `quant` keeps the metadata of a Brevitas quant tensor (all fields but the value)."""
+
+    index: int
+    quant: Any = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A literal that was `factor` times the batch size."""
+
+    factor: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call: a leaf module (then `path` is its first dotted name) or a torch function."""
+
+    target: nn.Module | Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    path: str
+    line: str
+
+    @property
+    def name(self) -> str:
+        return self.path or function_name(self.target)
+
+    def __str__(self) -> str:
+        where = f" at {self.line}" if self.line else ""
+        if isinstance(self.target, nn.Module):
+            return f"{self.path or 'the model'} ({type(self.target).__name__}){where}"
+        return f"{function_name(self.target)}(){where}"
+
+
+@dataclass
+class Record:
+    """A run of the model: Ref(0) is the input, `calls` in order, `output` the structure the model returned."""
+
+    model: nn.Module
+    input_shape: tuple[int, ...]
+    calls: list[Call] = field(default_factory=list)
+    output: Any = None
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def replay(self, x: Tensor, edit: Callable[[int, Tensor], Tensor] | None = None) -> tuple[Any, dict[int, Tensor]]:
+        """Run the record on x (N, *input_shape), float64; `edit(index, value)` may replace each value as it appears. Returns output and all values."""
+        values: dict[int, Tensor] = {}
+
+        def put(index: int, value: Tensor) -> None:
+            values[index] = edit(index, value) if edit else value
+
+        put(0, x)
+        for call in self.calls:
+            args, kwargs = fill((call.args, call.kwargs), values, x.shape[0])
+            scatter(call.out, call.target(*args, **kwargs), put)
+        return plain(fill(self.output, values, x.shape[0])), values
+
+
+def function_name(target: Any) -> str:
+    name = resolve_name(target) if callable(target) and not isinstance(target, nn.Module) else None
+    return name or getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)
+
+
+# ---------------------------------------------------------------- nested structures
+
+
+def walk(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Map over lists, tuples, dicts, slices and quant tensors; `leaf` sees everything else (and whole quant tensors and Refs)."""
+    if isinstance(tree, Ref | Batch) or _brevitas.is_quant_tensor(tree):
+        return leaf(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(walk(t, leaf) for t in tree))
+    if isinstance(tree, torch.Size):
+        return tuple(walk(t, leaf) for t in tree)
+    if isinstance(tree, tuple | list):
+        return type(tree)(walk(t, leaf) for t in tree)
+    if isinstance(tree, dict):
+        return {k: walk(v, leaf) for k, v in tree.items()}
+    if isinstance(tree, slice):
+        return slice(walk(tree.start, leaf), walk(tree.stop, leaf), walk(tree.step, leaf))
+    return leaf(tree)
+
+
+def refs(tree: Any) -> list[Ref]:
+    found: list[Ref] = []
+    walk(tree, lambda t: found.append(t) if isinstance(t, Ref) else None)
+    return found
+
+
+def fill(tree: Any, values: dict[int, Any], batch: int) -> Any:
+    """Put values in the place of Refs and the batch size in the place of Batch literals."""
+
+    def leaf(t: Any) -> Any:
+        if isinstance(t, Batch):
+            return t.factor * batch
+        if isinstance(t, Ref):
+            value = values[t.index]
+            return t.quant._replace(value=value) if t.quant is not None else value
+        return t
+
+    return walk(tree, leaf)
+
+
+def scatter(out: Any, result: Any, put: Callable[[int, Tensor], None]) -> None:
+    """Hand each tensor of a call's result to `put` under the number that the record gave it."""
+    if isinstance(out, Ref):
+        put(out.index, _brevitas.value_of(result))
+    elif isinstance(out, list | tuple):
+        for o, r in zip(out, result, strict=True):
+            scatter(o, r, put)
+    elif isinstance(out, dict):
+        for k in out:
+            scatter(out[k], result[k], put)
+
+
+def plain(tree: Any) -> Any:
+    return walk(tree, lambda t: _brevitas.value_of(t))
+
+
+# ---------------------------------------------------------------- recording
+
+# Torch functions with a tracked argument whose result is not a tensor, and may differ only in the batch size.
+_HARMLESS = {
+    "size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "is_contiguous", "stride", "element_size", "get_device", "is_signed",
+    "shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "is_leaf", "layout", "is_sparse", "is_quantized", "is_meta", "is_mkldnn", "is_nested",
+    "__len__", "type", "names", "itemsize", "grad_fn", "grad", "is_cpu", "is_mps", "is_tensor", "is_storage", "is_same_size", "data_ptr", "storage_offset",
+    "requires_grad_", "_version", "output_nr", "__hash__", "__repr__", "__format__", "is_inference", "_backward_hooks", "retains_grad",
+}  # fmt: skip
+_DATA = {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "numpy", "equal", "allclose", "__contains__", "nonzero", "__array__", "is_nonzero"}
+_LIBRARIES = ("torch", "brevitas", "quantlib", "unfoldnd")
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Layers are leaves: ours (anything with `lower`), torch.nn except containers, brevitas.nn."""
+    if hasattr(module, "lower"):
+        return True
+    root = type(module).__module__
+    if root.startswith("torch.nn"):
+        return not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    return root.startswith("brevitas.nn")
+
+
+def _user_line() -> str:
+    """file:line and text of the innermost frame that belongs to the user."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        root = str(frame.f_globals.get("__name__", "")).split(".")[0]
+        if root not in _LIBRARIES and not frame.f_code.co_filename.startswith("<"):
+            path = frame.f_code.co_filename
+            text = linecache.getline(path, frame.f_lineno).strip()
+            return f"{Path(path).name}:{frame.f_lineno}: {text}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module, x: Tensor):
+        super().__init__()
+        self.record = Record(model, tuple(x.shape[1:]))
+        self.paths = {id(m): name for name, m in reversed(list(model.named_modules(remove_duplicate=False)))}
+        self.live: dict[int, tuple[int, int]] = {}  # id(tensor) -> (number, version at the time)
+        self.keep: list[Tensor] = []  # so that ids are not reused
+        self.inside = 0
+        self.count = 0
+        self.bind(x)
+
+    def bind(self, value: Tensor) -> Ref:
+        index, self.count = self.count, self.count + 1
+        self.live[id(value)] = (index, value._version)
+        self.keep.append(value)
+        self.record.shapes[index] = tuple(value.shape)
+        return Ref(index)
+
+    def tracked(self, t: Any) -> bool:
+        return isinstance(t, Tensor) and id(t) in self.live
+
+    def refer(self, t: Any, what: str) -> Any:
+        """A Ref for a tracked tensor or quant tensor; anything else as it is."""
+        value = _brevitas.value_of(t)
+        if not self.tracked(value):
+            return t
+        index, version = self.live[id(value)]
+        if value._version != version:
+            raise CaptureError(
+                f"{what} reads a tensor that was written in place after it was made ({_user_line()}). A record cannot see such writes: "
+                "use an expression that makes a new tensor (torch.where, torch.cat, multiplication by a mask)."
+            )
+        quant = t._replace(value=None) if _brevitas.is_quant_tensor(t) else None
+        return Ref(index, quant)
+
+    def capture(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any], path: str) -> Any:
+        label = path or function_name(target)
+        spec = walk((args, kwargs), lambda t: self.refer(t, label))
+        if not refs(spec):
+            return run()
+        tracked = [_brevitas.value_of(t) for t in _flatten((args, kwargs)) if self.tracked(_brevitas.value_of(t))]
+        versions = [t._version for t in tracked]
+        self.inside += 1
+        try:
+            result = run()
+        finally:
+            self.inside -= 1
+        short = label.rsplit(".", 1)[-1]
+        if short == "__get__":  # a property: its name is on the descriptor
+            short = label.rsplit(".", 2)[-2]
+        tensors = [t for t in _flatten(result) if isinstance(_brevitas.value_of(t), Tensor)]
+        made = {id(_brevitas.value_of(t)) for t in tensors}
+        written = any(t._version != v and id(t) not in made for t, v in zip(tracked, versions, strict=True))
+        if written or short in ("__setitem__", "copy_", "index_put_", "masked_fill_") and not tensors:
+            raise CaptureError(f"{label} writes into a tensor in place, which a record cannot hold ({_user_line()}); build a new tensor instead.")
+        if not tensors:
+            if short in _HARMLESS:
+                return result
+            if short in _DATA or result is not None:
+                raise CaptureError(
+                    f"{label} turns tensor data into a Python value ({_user_line()}): what the model does then depends on the data, and hardware has "
+                    "no such branch. Remove it, or put the decision into a layer with its own `lower`."
+                )
+            return result
+        line = _user_line()
+        out = walk(result, lambda t: self.bind(_brevitas.value_of(t)) if isinstance(_brevitas.value_of(t), Tensor) else None)
+        self.record.calls.append(Call(target, spec[0], spec[1], out, path, line))
+        return result
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside:
+            return func(*args, **kwargs)
+        return self.capture(func, args, kwargs, lambda: func(*args, **kwargs), "")
+
+
+def _flatten(tree: Any) -> Iterator[Any]:
+    found: list[Any] = []
+    walk(tree, found.append)
+    return iter(found)
+
+
+@contextmanager
+def _leaf_calls(recorder: _Recorder) -> Iterator[None]:
+    """While recording, calls of leaf modules go through the recorder as one call each."""
+    original = nn.Module.__call__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if recorder.inside or not is_leaf(module):
+            return original(module, *args, **kwargs)
+        path = recorder.paths.get(id(module), "")
+        return recorder.capture(module, args, kwargs, lambda: original(module, *args, **kwargs), path)
+
+    nn.Module.__call__ = call  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+def _record(model: nn.Module, x: Tensor) -> Record:
+    recorder = _Recorder(model, x)
+    with torch.no_grad(), _leaf_calls(recorder), recorder:
+        output = model(x)
+    recorder.record.output = walk(output, lambda t: recorder.refer(t, "the output"))
+    if not refs(recorder.record.output):
+        raise CaptureError("the model's output does not depend on its input through recorded torch functions (numpy in between?)")
+    return recorder.record
+
+
+def _merge(a: Any, b: Any, sizes: tuple[int, int], where: str) -> Any:
+    """The one structure behind two recordings at two batch sizes; literals that are multiples of the batch size become Batch."""
+    if isinstance(a, Ref) and isinstance(b, Ref):
+        if a.index != b.index:
+            raise CaptureError(f"{where}: the two recordings differ; the model's control flow depends on the batch size or on data")
+        return a
+    if type(a) is type(b):
+        if isinstance(a, tuple | list) and len(a) == len(b) and not _brevitas.is_quant_tensor(a):
+            merged = [_merge(i, j, sizes, where) for i, j in zip(a, b, strict=True)]
+            return type(a)(*merged) if hasattr(a, "_fields") else type(a)(merged)
+        if isinstance(a, dict) and a.keys() == b.keys():
+            return {k: _merge(a[k], b[k], sizes, where) for k in a}
+        if isinstance(a, slice):
+            return slice(*(_merge(getattr(a, k), getattr(b, k), sizes, where) for k in ("start", "stop", "step")))
+        if isinstance(a, int) and not isinstance(a, bool) and a != b:
+            if a % sizes[0] == 0 and b % sizes[1] == 0 and a // sizes[0] == b // sizes[1]:
+                return Batch(a // sizes[0])
+            raise CaptureError(f"{where}: a size of {a} at batch {sizes[0]} and {b} at batch {sizes[1]} is no multiple of the batch size")
+        if isinstance(a, Tensor):
+            if a.shape != b.shape or not torch.equal(a, b):
+                raise CaptureError(f"{where}: a constant tensor differs between two runs of the model (random numbers, or data used through numpy)")
+            return a
+        if _brevitas.is_quant_tensor(a) or a == b:
+            return a
+    raise CaptureError(f"{where}: the two recordings differ ({a!r} and {b!r}); the model's control flow depends on the batch size or on data")
+
+
+def float64_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in float64 and eval mode; NaN or infinite parameters are an error that names them."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            kind = "NaN" if torch.isnan(value).any() else "infinite"
+            raise CaptureError(f"{name} holds {kind} values; load a sound checkpoint (zoo.load) or repair the training before converting")
+    return copy.deepcopy(model).cpu().double().eval()
+
+
+def capture(model: nn.Module, input_shape: tuple[int, ...], sample: Callable[[int, int], Tensor]) -> Record:
+    """Record `model` (any nn.Module) on inputs `sample(batch, seed) -> (N, *input_shape) float64` of batch 2 and 3; check the replay at batch 5.
+
+    The record's `model` is the float64 copy. Raises CaptureError for data-dependent Python, unseen in-place writes, structures that depend on the batch
+    size, and a replay that is not bit-equal to the model.
+    """
+    model = float64_copy(model)
+    try:
+        two, three = (_record(model, sample(n, n)) for n in (2, 3))
+    except CaptureError:
+        raise
+    except Exception as error:
+        shape = "x".join(map(str, input_shape))
+        raise CaptureError(f"the model does not run on a float64 batch of shape (2, {shape}): {type(error).__name__}: {error}") from error
+    if len(two.calls) != len(three.calls):
+        raise CaptureError("the model makes a different number of calls at batch 2 and at batch 3; its control flow depends on the batch size or on data")
+    calls = []
+    for a, b in zip(two.calls, three.calls, strict=True):
+        same = a.target is b.target if isinstance(a.target, nn.Module) else function_name(a.target) == function_name(b.target)
+        if not same:
+            raise CaptureError(f"{a} at batch 2 became {b} at batch 3; the model's control flow depends on the batch size or on data")
+        args, kwargs, out = _merge((a.args, a.kwargs, a.out), (b.args, b.kwargs, b.out), (2, 3), str(a))
+        calls.append(Call(a.target, args, kwargs, out, a.path, a.line))
+    record = Record(model, tuple(input_shape), calls, two.output, {k: s[1:] for k, s in two.shapes.items()})
+    x = sample(5, 7)
+    with torch.no_grad():
+        expected = list(_flatten(plain(model(x.clone()))))
+        got = list(_flatten(record.replay(x.clone())[0]))
+    if len(expected) != len(got) or any(isinstance(e, Tensor) and not torch.equal(e, g) for e, g in zip(expected, got, strict=True)):
+        raise CaptureError("replaying the recorded run on new data does not give the model's output: it depends on data in a way a record cannot hold")
+    return record

@@ -1,0 +1,164 @@
+"""The exact evaluator: each op runs in the narrowest carrier that is proven to hold every intermediate.
+
+float32 below 2^24, float64 below 2^53, int64 last; reduced precision (TF32, bfloat16) is switched off while it runs. Images go through in small chunks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantlib.ir import Graph, Node
+
+CHUNK = 8  # images at a time: larger batches lose to fresh memory (measured, docs/architecture.md)
+_LIMITS = ((torch.float32, 1 << 24), (torch.float64, 1 << 53), (torch.int64, 1 << 62))
+
+
+class InputError(ValueError):
+    """The images do not fit the network's input; the message says what would."""
+
+
+def carrier(graph: Graph, node: Node) -> torch.dtype:
+    """The narrowest dtype in which the node's evaluation is proven exact."""
+    bound = max(node.op.magnitude(*graph.types(node)), node.type.magnitude, *(t.magnitude for t in graph.types(node)))
+    for dtype, limit in _LIMITS:
+        if bound < limit:
+            return dtype
+    raise ValueError(f"{node.name} needs integers up to {bound}, beyond 62 bits")
+
+
+def engine(graph: Graph) -> str:
+    """Which engine `run` uses for this graph, in words: carriers and how many ops each of them runs."""
+    count = Counter(str(carrier(graph, n)).removeprefix("torch.") for n in graph.nodes[1:])
+    return "torch, " + ", ".join(f"{k} for {v} ops" for k, v in count.most_common())
+
+
+# ---------------------------------------------------------------- images in, numbers out
+
+
+def encode(graph: Graph, x: Any) -> Tensor:
+    """Images as codes on the input grid, int64 (N, *input shape).
+
+    Integer arrays (uint8 images) are codes already and must lie in the input's interval. Floats go through the model's own input quantizer (as float32), or
+    must lie on the grid to within 1e-4 of a step. Raises InputError for a wrong shape, dtype, range, NaN, or a value off the grid.
+    """
+    t = graph.input.type
+    try:
+        x = x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+    except TypeError as error:
+        raise InputError(f"images are a torch tensor or a numpy array of integers or floats: {error}") from None
+    wanted = f"(N, {', '.join(map(str, t.shape))})"
+    if tuple(x.shape[1:]) != t.shape or x.dim() != len(t.shape) + 1:
+        hint = "; add the batch axis" if tuple(x.shape) == t.shape else "; channels come first (N, C, H, W)" if x.dim() == 4 and x.shape[-1] == t.shape[0] else ""
+        raise InputError(f"the network reads images of shape {wanted}, got {tuple(x.shape)}{hint}")
+    if x.shape[0] == 0:
+        raise InputError("an empty batch: there is no image to run")
+    if x.dtype is torch.bool or x.is_complex():
+        raise InputError(f"images of dtype {x.dtype}; integers are codes {t.lo}..{t.hi}, floats are real values")
+    if not x.is_floating_point():
+        n = x.to(torch.int64)
+    elif torch.isnan(x).any():
+        raise InputError("the images hold NaN")
+    elif graph.front is not None:
+        return _through_front(graph, x)
+    else:
+        scale = torch.tensor(np.asarray(t.scale), dtype=torch.float64, device=x.device)
+        units = x.double() / scale
+        n = units.round()
+        off = (units - n).abs()
+        if bool((off > 1e-4).any()) or not torch.isfinite(units).all():
+            worst = int(off.nan_to_num(posinf=1.0).argmax())
+            raise InputError(
+                f"the images are not on the input grid (scale {np.asarray(t.scale).reshape(-1)[0]:.6g}, codes {t.lo}..{t.hi}): for example "
+                f"{float(x.reshape(-1)[worst]):.6g} is {float(off.reshape(-1)[worst]):.3g} steps away. Pass uint8 codes, or values scale * n."
+            )
+        n = n.to(torch.int64)
+    low, high = int(n.min()), int(n.max())
+    if low < t.lo or high > t.hi or (t.step > 1 and bool(((n - t.lo) % t.step).any())):
+        step = f" in steps of {t.step}" if t.step > 1 else ""
+        raise InputError(f"input codes are {t.lo}..{t.hi}{step}, got {low}..{high}")
+    return n
+
+
+def _through_front(graph: Graph, x: Tensor) -> Tensor:
+    t, front = graph.input.type, graph.front
+    assert front is not None
+    thresholds = torch.tensor(front.thresholds, device=x.device)
+    sign = torch.tensor(front.sign, device=x.device, dtype=torch.float32).reshape(1, -1, *[1] * (x.dim() - 2))
+    channels = (x.float() * sign).transpose(0, 1)
+    rows = channels.reshape(channels.shape[0] if len(thresholds) > 1 else 1, -1).contiguous()
+    count = torch.searchsorted(thresholds, rows, right=True)
+    return t.lo + t.step * count.reshape(channels.shape).transpose(0, 1).contiguous()
+
+
+def decode(graph: Graph, edges: Mapping[str, Tensor]) -> Any:
+    """The model's output from the integers of `graph.outputs`: float64 arithmetic, rounded once to float32; a tuple where the model returns several."""
+    results = []
+    for d in graph.decodes:
+        total: Tensor | float = torch.tensor(d.bias, dtype=torch.float64)
+        for name, gain in zip(d.inputs, d.gains, strict=True):
+            n = edges[name].double()
+            total = total.to(n.device) + n * torch.tensor(gain, dtype=torch.float64, device=n.device)  # type: ignore[union-attr]
+        assert isinstance(total, Tensor)
+        results.append(total.reshape(total.shape[0], *d.shape).float())
+    return results[0] if graph.single_output else tuple(results)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Full float32 everywhere, whatever the user has switched on; restored afterwards."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+        saved = []
+        for owner in (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv, torch.backends.cuda.matmul):
+            saved.append((owner, owner.fp32_precision))
+            owner.fp32_precision = "ieee"  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for owner, value in saved:
+                owner.fp32_precision = value
+
+
+def execute(graph: Graph, codes: Tensor, keep: Iterable[str]) -> dict[str, Tensor]:
+    """Evaluate on input codes (N, *shape) int64; returns the edges named in `keep` as int64 (N, *shape)."""
+    wanted = set(keep)
+    plan = [(node, carrier(graph, node)) for node in graph.nodes[1:]]
+    last = {i: k for k, (node, _) in enumerate(plan) for i in node.inputs}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    with _exact():
+        for part in codes.split(CHUNK):
+            values: dict[str, Tensor] = {graph.input.name: part}
+            for k, (node, dtype) in enumerate(plan):
+                inputs = [values[i].to(dtype) for i in node.inputs]
+                if node.name in values:
+                    continue
+                values[node.name] = node.op.evaluate(*inputs)
+                for i in set(node.inputs):
+                    if last[i] == k and i not in wanted:
+                        del values[i]
+            for name in wanted:
+                pieces[name].append(values[name].to(torch.int64))
+    return {name: torch.cat(p) for name, p in pieces.items()}
+
+
+def run(graph: Graph, x: Any, integers: bool = False) -> Any:
+    """The network's output on images x (N, C, H, W): same meaning as model(x), computed in exact integers.
+
+    x: uint8 or integer codes on the input grid, or floats (see `encode`), torch or numpy, on the CPU or a GPU. Returns float32 like the model, or with
+    integers=True a dict edge name -> int64 (N, *shape) of the network's integer outputs. Raises InputError.
+    """
+    edges = execute(graph, encode(graph, x), graph.outputs)
+    return edges if integers else decode(graph, edges)

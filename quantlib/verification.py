@@ -1,0 +1,237 @@
+"""Compare an integer network with its model, code by code.
+
+The reference shares no table with the graph: the recorded model runs in float64 with every integer edge snapped to its grid, v = scale * round((v - b) / scale) + b,
+and each snap must move the value by less than 1e-6 of a step, which proves the edge's scale on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quantlib import evaluator, ops, tails
+from quantlib.capture import CaptureError
+from quantlib.lowering import Conversion, lower
+from quantlib.ir import Graph, Grid
+
+SNAP = 1e-6  # of a step: float64 noise of a sum of 10^5 terms is below 1e-10, a wrong scale is of order 1
+
+
+class VerifyError(ValueError):
+    """The graph cannot be compared with this model."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One integer edge: how many codes were compared and how many differ, against the snapped float64 model, plain float64 and plain float32.
+
+    ties: decision points that an integer of the interval hits exactly. sensitive: thresholds so close to an integer that float32 may decide otherwise.
+    """
+
+    name: str
+    source: str
+    op: str
+    codes: int
+    mismatches: int
+    float64: int
+    float32: int
+    ties: int
+    sensitive: int
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first differing code, and what led to it."""
+
+    name: str
+    source: str
+    image: int
+    channel: int
+    pixel: tuple[int, ...]
+    code: int
+    expected: int
+    value: float
+    accumulator: int | None
+    threshold: int | None
+
+    def __str__(self) -> str:
+        text = f"{self.name} ({self.source}): image {self.image}, channel {self.channel}, pixel {self.pixel}: code {self.code}, the model has {self.expected} ({self.value:.9g})"
+        if self.accumulator is not None:
+            text += f"; accumulator {self.accumulator}"
+        if self.threshold is not None:
+            text += f", nearest threshold {self.threshold}"
+        return text
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `verify` found. ok: no code differs and every snap held; output_error: largest |ql.run - model| of the snapped model's real outputs."""
+
+    rows: tuple[Row, ...]
+    first: Mismatch | None
+    images: int
+    output_error: float
+    engine: str = field(default="")
+
+    @property
+    def ok(self) -> bool:
+        return all(r.mismatches == 0 for r in self.rows)
+
+    @property
+    def mismatches(self) -> int:
+        return sum(r.mismatches for r in self.rows)
+
+    @property
+    def codes(self) -> int:
+        return sum(r.codes for r in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, "images": self.images, "codes": self.codes, "mismatches": self.mismatches, "output_error": self.output_error,
+                "engine": self.engine, "first": None if self.first is None else asdict(self.first), "rows": [asdict(r) for r in self.rows]}  # fmt: skip
+
+    def __str__(self) -> str:
+        head = f"{'exact' if self.ok else 'NOT exact'}: {self.mismatches} of {self.codes} integer codes differ on {self.images} images ({self.engine})"
+        widths = [max([len(str(getattr(r, k))) for r in self.rows] + [len(k)]) for k in ("name", "op", "codes")]
+        lines = [f"{'name':{widths[0]}}  {'op':{widths[1]}}  {'codes':>{widths[2]}}  differ  float64  float32  ties  sensitive"]
+        for r in self.rows:
+            counts = f"{r.mismatches:6}  {r.float64:7}  {r.float32:7}  {r.ties:4}  {r.sensitive:9}"
+            lines.append(f"{r.name:{widths[0]}}  {r.op:{widths[1]}}  {r.codes:>{widths[2]}}  {counts}")
+        return "\n".join([head, *([f"first: {self.first}"] if self.first else []), *lines])
+
+
+def _margins(conversion: Conversion, name: str) -> tuple[int, int]:
+    """Ties and float32-sensitive thresholds of a Threshold node, measured with the trained modules around each threshold."""
+    node, known = conversion.graph.by_name[name], conversion.tails.get(name)
+    if known is None or not isinstance(node.op, ops.Threshold) or known[0].pre is None:
+        return 0, 0
+    value, edge, grid = known
+    sign, thresholds = node.op.sign[:, None], node.op.thresholds
+    t = edge.type
+    low, high = np.where(sign > 0, t.lo, -t.hi), np.where(sign > 0, t.hi, -t.lo)
+    inside = (thresholds > low) & (thresholds <= high)
+    full = np.broadcast_to(np.where(inside, thresholds, low), (value.shape[0], thresholds.shape[1]))
+    inside = np.broadcast_to(inside, full.shape)
+    signs = np.broadcast_to(sign, (value.shape[0], 1))
+    ties = sensitive = np.zeros(full.shape, dtype=bool)
+    for n in (full, full - t.step):
+        units = tails.codes_of(value, {edge.name: tails.real_of(edge, np.clip(signs * n, t.lo, t.hi).T)}, grid, before=True).T / grid.step
+        decision = 0.5 if grid.step == 1 else 0.0  # a two-level sign decides at 0; finer grids between two codes
+        distance = np.abs(units - decision - np.rint(units - decision))
+        ties = ties | (distance == 0)
+        sensitive = sensitive | (distance < 2.0**-20 * np.maximum(1, np.abs(units)))
+    return int((ties & inside).sum()), int((sensitive & inside).sum())
+
+
+def _plain(conversion: Conversion, model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+    """Values of the record where nothing is snapped, in float64, or with the model's own float32 numbers."""
+    record = conversion.record
+    with torch.no_grad():
+        if dtype is torch.float64:
+            return record.replay(x)[1]
+        import copy
+
+        single = copy.deepcopy(model).cpu().float().eval()
+        names = dict(record.model.named_modules(remove_duplicate=False))
+        twins = {id(names[name]): module for name, module in single.named_modules(remove_duplicate=False) if name in names}
+        return record.replay_as(x.float(), twins)
+
+
+def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
+    """Run model and graph on images x (as `ql.run` takes them) and compare the integer code of every quantizer and accumulator.
+
+    Returns a Check: counts per edge, the first mismatch by layer, channel, pixel, accumulator and threshold, exact ties, float32-sensitive thresholds,
+    and, for information, how many codes plain float64 and float32 evaluation of the model would have decided differently (they have no snapping, so noise at
+    exact ties shows there). Raises VerifyError when the graph was not made from this model, or when a value is off its edge's grid.
+    """
+    t = graph.input.type
+    own_grid = graph.front is not None or any(hasattr(m, "input_grid") for m in model.modules())
+    conversion = lower(model, t.shape, None if own_grid else Grid(t.lo, t.hi, t.scale, t.step))
+    missing = [n.name for n in conversion.graph if n.name not in graph.by_name]
+    if missing:
+        raise VerifyError(f"the graph was not made from this model: it has no node {missing[0]}")
+    codes = evaluator.encode(graph, x).cpu()
+    real = codes.double() * torch.tensor(np.asarray(t.scale), dtype=torch.float64)
+    if graph.front is not None and isinstance(x, Tensor | np.ndarray) and torch.as_tensor(x).is_floating_point():
+        real = torch.as_tensor(x).cpu().float().double()
+    elif graph.front is not None:
+        raise VerifyError("this model quantizes its input itself: verify needs the real images (float), not codes")
+    snaps = {k: s for k, s in conversion.snaps.items() if s.edge in graph.by_name}
+    names = list(dict.fromkeys([graph.input.name, *(s.edge for s in snaps.values()), *graph.outputs]))
+
+    counts: dict[int, list[int]] = {k: [0, 0, 0, 0] for k in snaps}
+    first: Mismatch | None = None
+    output_error, start = 0.0, 0
+    for part, part_codes in zip(real.split(evaluator.CHUNK), codes.split(evaluator.CHUNK), strict=True):
+        values = evaluator.execute(graph, part_codes, names)
+        if graph.nodes[0].inputs != ():
+            raise VerifyError("the graph has no input node")
+        expected: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def snap(index: int, v: Tensor, expected: dict[int, tuple[Tensor, Tensor]] = expected) -> Tensor:
+            known = conversion.snaps.get(index)
+            if known is None:
+                return v
+            scale, bias = (torch.tensor(np.asarray(a), dtype=torch.float64) for a in (known.scale, known.bias))
+            units = (v - bias) / scale
+            n = units.round()
+            moved = float((units - n).abs().max())
+            if not moved < SNAP:
+                raise VerifyError(f"{known.source}: a value is {moved:.3g} steps off the grid of edge {known.edge}; the edge's scale is wrong, or the model has NaN")
+            if index in snaps:
+                expected[index] = (n, v)
+            return scale * n + bias
+
+        with torch.no_grad():
+            output, _ = conversion.record.replay(part, snap)
+        plain64 = _plain(conversion, model, part, torch.float64)
+        plain32 = _plain(conversion, model, part, torch.float32)
+        for index, known in snaps.items():
+            n, v = expected[index]
+            got = values[known.edge].reshape(n.shape)
+            differ = got != n.long()
+            scale, bias = (torch.tensor(np.asarray(a), dtype=torch.float64) for a in (known.scale, known.bias))
+            rates = [int((((p[index].double() - bias) / scale).round().long() != n.long()).sum()) for p in (plain64, plain32)]
+            for k, c in enumerate((n.numel(), int(differ.sum()), *rates)):
+                counts[index][k] += c
+            if first is None and bool(differ.any()):
+                first = _first(graph, known, values, got, n.long(), v, differ, start, part_codes)
+        decoded = evaluator.decode(graph, {k: values[k] for k in graph.outputs})
+        for y, reference in zip(_flat(decoded), _flat(output), strict=True):
+            output_error = max(output_error, float((y.double() - reference.reshape(y.shape)).abs().max()))
+        start += len(part)
+    rows = []
+    for index, known in snaps.items():
+        node = graph.by_name[known.edge]
+        ties, sensitive = _margins(conversion, known.edge)
+        rows.append(Row(known.edge, known.source, type(node.op).__name__, *counts[index], ties, sensitive))
+    return Check(tuple(rows), first, len(codes), output_error, evaluator.engine(graph))
+
+
+def _flat(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [t for item in (tree.values() if isinstance(tree, dict) else tree) for t in _flat(item)] if isinstance(tree, dict | list | tuple) else []
+
+
+def _first(graph: Graph, known: Any, values: dict[str, Tensor], got: Tensor, n: Tensor, v: Tensor, differ: Tensor, start: int, codes: Tensor) -> Mismatch:
+    where = tuple(int(i) for i in differ.nonzero()[0])
+    node = graph.by_name[known.edge]
+    accumulator = threshold = None
+    if node.inputs:
+        source = node.inputs[0]
+        before = values[source] if source in values else evaluator.execute(graph, codes, [source])[source]
+        if before.shape == got.shape:
+            accumulator = int(before[where])
+            if isinstance(node.op, ops.Threshold):
+                c = where[1] if len(node.op.thresholds) > 1 else 0
+                sign = int(node.op.sign[where[1] if len(node.op.sign) > 1 else 0])
+                row = node.op.thresholds[c] * sign
+                threshold = int(row[np.abs(row - accumulator).argmin()])
+    return Mismatch(known.edge, known.source, start + where[0], where[1], where[2:], int(got[where]), int(n[where]), float(v[where]), accumulator, threshold)
+
+
+__all__ = ["CaptureError", "Check", "Mismatch", "Row", "VerifyError", "verify"]
