@@ -162,7 +162,7 @@ class DatapathFractionalConv2d(nn.Conv2d):
         op = FractionalConv2dOp(
             weight=self.signs().cpu().numpy(),
             gate=_ints(self.gate()),
-            stride=tuple(int(s) for s in self.stride),
+            stride=(int(self.stride[0]), int(self.stride[1])),
             padding=(vertical, vertical, horizontal, horizontal),
             groups=self.groups,
             merge=_MERGE,
@@ -193,7 +193,7 @@ class DatapathShortcut(nn.Module):
         total = g.add(SumPool(kernel=(2, 2), stride=(2, 2), padding=(0, 0, 0, 0)), edge)
         one, zero = np.array([1]), np.array([0])
         half = _requant(g, total, one, zero, 2, kink=zero, mul2=one, add2=3 * one, lo=LOW // 4, hi=HIGH // 4)
-        return g.add(Select(channels=tuple(range(edge.type.shape[0])) * 2), half)
+        return g.add(Select(channels=np.tile(np.arange(edge.type.shape[0]), 2)), half)
 
 
 class DatapathMean(nn.Module):
@@ -231,5 +231,5 @@ class DatapathLinear(nn.Linear):
 
     def lower(self, g: Any, x: Any) -> Any:
         weight, bias = self.constants()
-        op = SaturatingDense(weight=weight.cpu().numpy(), bias=_ints(bias), shift=FRACTION, lo=LOW, hi=HIGH)
+        op = SaturatingDense(weight=weight.detach().cpu().numpy(), bias=_ints(bias), shift=FRACTION, lo=LOW, hi=HIGH)
         return g.add(op, g.integer(x), scale=2.0**-FRACTION)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlib.layers import BinaryConv2d, FixedPoint, FractionalConv2d, QuantSign, RPReLU, ThermometerEncoder
+from quantlib.layers import BinaryConv2d, FixedPoint, FractionalConv2d, QuantSign, RPReLU, ScaledIntLinear, ThermometerEncoder
 from zoo import _fracbnn_datapath as datapath
 from zoo._registry import Card, Claim, register
 
@@ -79,7 +79,7 @@ def arithmetic(fixed_point: None | Literal["authors"] | FixedPoint, real_weights
         add=lambda: operator.add,
         shortcut=lambda: Shortcut(point()),
         mean=lambda: nn.AdaptiveAvgPool2d(1),
-        linear=nn.Linear,
+        linear=nn.Linear if fixed_point is None else ScaledIntLinear,
         point=point,
     )
 
@@ -181,7 +181,7 @@ _PAPER: dict[str, Any] = {
 }
 GRID = FixedPoint(bits=12, fraction=6)
 _OPTIONS = {
-    "fixed_point": "between the convolutions: None (float32), 'authors' (the accelerator's datapath), or a FixedPoint grid for every join",
+    "fixed_point": "None: float32 as published; 'authors': the accelerator's datapath; FixedPoint: grid of every join and mean, 8-bit classifier",
     "num_classes": "rows of the classifier",
     "real_weights": "True leaves convolution weights real: the first step of training",
 }

@@ -79,7 +79,7 @@ def _read_torch(path: Path) -> Tensors:
             f"{path.name} is a pickle that holds more than plain tensors ({reason}). Unpickling it can run code, so it is refused. "
             "Where it was made, write the weights alone: torch.save(model.state_dict(), path), or a .safetensors file"
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"{path.name} cannot be read as a torch.save file: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from None
@@ -145,7 +145,7 @@ def _read_header(path: Path) -> Tensors:
         if not len(numbers):
             continue
         if len(numbers) != prod(shape):
-            raise CheckpointError(f"{path.name}: {name}{brackets} lists {len(numbers)} values, its shape needs {prod(shape)}")
+            raise CheckpointError(f"{path.name}: {name}{brackets.strip()} lists {len(numbers)} values, its shape needs {prod(shape)}")
         tensors[name] = torch.from_numpy(numbers.reshape(shape).astype(np.float32))
     if not tensors:
         raise CheckpointError(f"{path.name} holds no array of numbers")

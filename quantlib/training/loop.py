@@ -44,7 +44,7 @@ class Epoch:
 def gate_pull(model: nn.Module, target: float, decay: float) -> Tensor:
     """decay / 2 * sum over gating thresholds T of |T - target|^2."""
     gates = [p for name, p in model.named_parameters() if name.endswith(".threshold")]
-    return decay / 2 * sum(((g - target) ** 2).sum() for g in gates) if gates else torch.zeros(())
+    return decay / 2 * torch.stack([((g - target) ** 2).sum() for g in gates]).sum() if gates else torch.zeros(())
 
 
 def shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -87,7 +87,7 @@ def fit(
                 optimizer.step()
                 total += float(value.detach()) * len(y)
                 right += int((out.detach().argmax(1) == y).sum())
-            lr = schedule.get_last_lr()[0]
+            lr = float(schedule.get_last_lr()[0])
             schedule.step()
             score = accuracy(predictions(model, test), test.labels)
             rows.append(Epoch(number, total / len(train), right / len(train), score, lr, time.perf_counter() - start))
