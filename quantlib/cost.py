@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from math import ceil, log2
 from weakref import WeakKeyDictionary
 
@@ -161,18 +162,29 @@ def table(entries: int, bits: int, pe: int) -> Cost:
     return memory(entries // pe, bits).times(pe) if entries > 1 else Cost()
 
 
-def line_buffer(x: IntType, rows: int, lanes: int) -> Cost:
-    """`rows` image rows, each a memory of its own (they are read side by side), words of `lanes` channels."""
-    channels, width = x.shape[0], x.shape[2]
-    return memory(width * channels // lanes, lanes * x.bits).times(rows)
+@cache
+def _rows(height: int, out: int, kernel: int, stride: int, before: int, dilation: int) -> tuple[tuple[int, ...], int]:
+    """need[r], the input rows that output rows 0..r read, with the image's height behind the last one; and the rows a ring has to hold."""
+    need = [min(max(r * stride - before + (kernel - 1) * dilation + 1, 0), height) for r in range(out)]
+    held = [n - max(r * stride - before, 0) for r, n in enumerate(need)]
+    return (*need, height), max(max(held), 1) + stride
 
 
-def window_fill(x: IntType, kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int] = (1, 1)) -> float:
-    """Share of the image that the first window of a sliding-window op needs: all rows above its last tap, and that row up to it."""
-    _, height, width = x.shape
-    rows = min(max((kernel[0] - 1) * dilation[0] - padding[0], 0), height - 1)
-    cols = min(max((kernel[1] - 1) * dilation[1] - padding[2], 0), width - 1)
-    return (rows * width + cols + 1) / (height * width)
+def window(
+    x: IntType, y: IntType, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], lanes: int
+) -> Cost:
+    """The stage that turns the image into windows, `lanes` channels per word, reading the next rows while it writes those of the present one.
+
+    cycles = fill + sum over output rows of max(words written, words read): a ring of image rows in one memory, none for 1 x 1 windows side by side.
+    """
+    if tuple(kernel) == tuple(stride) == (1, 1) and not any(padding):
+        return Cost()
+    channels, height, width = x.shape
+    _, rows, cols = y.shape
+    need, held = _rows(height, rows, kernel[0], stride[0], padding[0], dilation[0])
+    line, written = width * channels // lanes, cols * kernel[0] * kernel[1] * channels // lanes
+    cycles = need[0] * line + sum(max(written, (b - a) * line) for a, b in zip(need[:-1], need[1:]))
+    return loop(cycles, lanes * x.bits, need[0] / height) + memory(min(held, height) * line, lanes * x.bits)
 
 
 def converter(source: int, sink: int) -> Cost:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from quantlib.cost import Cost, line_buffer, mac, window_fill, words
+from quantlib.cost import Cost, mac, memory, window, words
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, constant, expect
 from quantlib.ops._lattice import lattice, stride_of, tensor_scale
@@ -68,12 +68,18 @@ class Conv2d(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """A matrix-vector unit of pe x simd products, behind kh buffered image rows."""
-        _, i, kh, kw = self.weight.shape
-        weight = words(self, "weight")
-        unit = mac(y.shape[1] * y.shape[2], y.shape[0], i * kh * kw, x[0], weight, y.bits, folding.pe, folding.simd, folding.memory)
-        rows = Cost() if kh == kw == 1 else line_buffer(x[0], kh, folding.simd)
-        return unit + rows + Cost(fill=window_fill(x[0], (kh, kw), self.padding, self.dilation))
+        """The windows of the image, and a matrix-vector unit of pe x simd products that keeps one window while it makes all outputs of it.
+
+        cycles: H'*W' * O/pe * kh*kw*(I/groups)/simd of the unit or those of the window stage. Depthwise: pe channels side by side.
+        """
+        o, i, kh, kw = self.weight.shape
+        pixels, weight = y.shape[1] * y.shape[2], words(self, "weight")
+        if i == 1 and o == self.groups:
+            unit = mac(pixels, o, kh * kw, x[0], weight, y.bits, folding.pe, 1, folding.memory)
+            return unit + window(x[0], y, (kh, kw), self.stride, self.padding, self.dilation, folding.pe)
+        unit = mac(pixels, o, i * kh * kw, x[0], weight, y.bits, folding.pe, folding.simd, folding.memory)
+        unit += memory(i * kh * kw // folding.simd, folding.simd * x[0].bits)
+        return unit + window(x[0], y, (kh, kw), self.stride, self.padding, self.dilation, folding.simd)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlib.cost import Cost, adder, compare, line_buffer, loop, memory, table, window_fill, words, xnor_popcount
+from quantlib.cost import Cost, adder, compare, loop, memory, table, window, words, xnor_popcount
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, constant, expect, floor_shift, per_channel
 from quantlib.ops._lattice import tensor_scale
@@ -122,16 +122,20 @@ class FractionalConv2d(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """Two XNOR-popcounts (the planes m and l) per pe and cycle over one weight memory, a compare with the gate, a sum."""
+        """Two XNOR-popcounts (the planes m and l) per pe and cycle over one weight memory, a compare with the gate, a sum.
+
+        cycles: H'*W' * O/pe * kh*kw*(I/groups)/simd, or those of the window stage.
+        """
         o, i, kh, kw = self.weight.shape
         steps = (o // folding.pe) * (i * kh * kw // folding.simd)
         planes = (xnor_popcount(folding.simd) + adder(self.taps.bit_length() + 1)).times(2)
         # A merge multiplies by two constants of 8 bits: about four additions of the word each, with rounding and two clamps.
         join = adder(y.bits) if self.merge is None else adder(y.bits + self.merge.shift).times(11)
         unit = planes + compare(self.taps.bit_length() + 1) + join + memory(steps, folding.simd, folding.memory)
-        rows = Cost() if kh == kw == 1 else line_buffer(x[0], kh, folding.simd)
-        control = loop(y.shape[1] * y.shape[2] * steps, folding.pe * y.bits, window_fill(x[0], (kh, kw), self.padding))
-        return control + unit.times(folding.pe) + table(o, words(self, "gate").bits, folding.pe) + rows
+        control = loop(y.shape[1] * y.shape[2] * steps, folding.pe * y.bits)
+        kept = memory(i * kh * kw // folding.simd, folding.simd * x[0].bits)
+        front = window(x[0], y, (kh, kw), self.stride, self.padding, (1, 1), folding.simd)
+        return control + unit.times(folding.pe) + table(o, words(self, "gate").bits, folding.pe) + kept + front
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlib.cost import Cost, compare, line_buffer, loop, window_fill
+from quantlib.cost import Cost, compare, loop, window
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import channel_scale
@@ -78,12 +78,11 @@ class MaxPool(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """A compare per tap and lane behind the buffered rows of a window."""
-        taps = self.kernel[0] * self.kernel[1]
-        unit = compare(x[0].bits).times(taps - 1) + Cost(lut=x[0].bits, ff=x[0].bits)
-        fill = window_fill(x[0], self.kernel, self.padding, self.dilation)
-        control = loop(max(x[0].numel, y.numel) // folding.pe, folding.pe * y.bits, fill)
-        return control + unit.times(folding.pe) + line_buffer(x[0], self.kernel[0], folding.pe)
+        """A compare per lane for one tap per cycle, behind the windows of the image."""
+        cycles = y.numel // folding.pe * self.kernel[0] * self.kernel[1]
+        unit = compare(x[0].bits) + Cost(lut=x[0].bits, ff=x[0].bits)
+        front = window(x[0], y, self.kernel, self.stride, self.padding, self.dilation, folding.pe)
+        return loop(cycles, folding.pe * y.bits) + unit.times(folding.pe) + front
 
     @classmethod
     def examples(cls) -> list[Example]:

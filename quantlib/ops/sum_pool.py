@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from quantlib.cost import Cost, adder, line_buffer, loop, memory, window_fill
+from quantlib.cost import Cost, adder, loop, memory, window
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import channel_scale, lattice, stride_of
@@ -69,12 +69,13 @@ class SumPool(Op):
         raise GraphError("no kernel yet")
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """An addition per tap and lane behind the buffered rows of a window; over the whole map one running sum per channel."""
-        control = loop(max(x[0].numel, y.numel) // folding.pe, folding.pe * y.bits, window_fill(x[0], self.kernel, self.padding))
-        if y.shape[1:] == (1, 1):
-            return control + (adder(y.bits) + memory(y.shape[0] // folding.pe, y.bits)).times(folding.pe)
-        taps = self.kernel[0] * self.kernel[1]
-        return control + adder(y.bits).times((taps - 1) * folding.pe) + line_buffer(x[0], self.kernel[0], folding.pe)
+        """An adder per lane for one tap per cycle, behind the windows of the image; over the whole map one running sum per channel instead."""
+        if self.kernel == x[0].shape[1:] and not any(self.padding):
+            unit = adder(y.bits) + memory(y.shape[0] // folding.pe, y.bits)
+            return loop(x[0].numel // folding.pe, folding.pe * y.bits, 1.0) + unit.times(folding.pe)
+        cycles = y.numel // folding.pe * self.kernel[0] * self.kernel[1]
+        front = window(x[0], y, self.kernel, self.stride, self.padding, (1, 1), folding.pe)
+        return loop(cycles, folding.pe * y.bits) + adder(y.bits).times(folding.pe) + front
 
     @classmethod
     def examples(cls) -> list[Example]:
