@@ -1,4 +1,4 @@
-"""The doctor: what it calls known-bad, that it reads only the standard library, and that it says something sensible when packages are missing."""
+"""The doctor: what it calls known-bad, that it needs only the standard library, and what it says when packages are missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from quantlib import doctor
 from quantlib.__main__ import main
 
 GOOD: dict[str, str | None] = {
-    "torch": "2.14.1+cu130", "torchvision": "0.29.2+cu130", "brevitas": "0.13.4", "numpy": "2.4.6", "scipy": "1.17.1", "safetensors": "0.8.0",
+    "torch": "2.14.1+cu130", "torchvision": "0.29.2+cu130", "brevitas": "0.13.4",
+    "numpy": "2.4.6", "scipy": "1.17.1", "safetensors": "0.8.0",
 }  # fmt: skip
 
 
@@ -65,7 +66,8 @@ def test_versions_are_read_without_import() -> None:
 
 
 def test_it_loads_nothing_but_the_standard_library(root: Path) -> None:
-    code = "import sys; import quantlib.doctor, quantlib.__main__; print([m for m in ('torch', 'numpy', 'brevitas', 'scipy') if m in sys.modules])"
+    loaded = "[m for m in ('torch', 'numpy', 'brevitas', 'scipy') if m in sys.modules]"
+    code = f"import sys; import quantlib.doctor, quantlib.__main__; print({loaded})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
 
