@@ -186,8 +186,9 @@ def _user_line() -> str:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, x: Tensor):
+    def __init__(self, model: nn.Module, x: Tensor, values: list[Tensor] | None = None):
         super().__init__()
+        self.values = values
         self.record = Record(model, tuple(x.shape[1:]))
         self.paths = {id(m): name for name, m in reversed(list(model.named_modules(remove_duplicate=False)))}
         self.live: dict[int, tuple[int, int]] = {}  # id(tensor) -> (number, version at the time)
@@ -201,6 +202,10 @@ class _Recorder(TorchFunctionMode):
         self.live[id(value)] = (index, value._version)
         self.keep.append(value)
         self.record.shapes[index] = tuple(value.shape)
+        if self.values is not None:
+            self.inside += 1  # this copy is ours, not the model's
+            self.values.append(value.clone())
+            self.inside -= 1
         return Ref(index)
 
     def tracked(self, t: Any) -> bool:
@@ -285,14 +290,21 @@ def _leaf_calls(recorder: _Recorder) -> Iterator[None]:
         nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
-def _record(model: nn.Module, x: Tensor) -> Record:
-    recorder = _Recorder(model, x)
+def _record(model: nn.Module, x: Tensor, values: list[Tensor] | None = None) -> Record:
+    recorder = _Recorder(model, x, values)
     with torch.no_grad(), _leaf_calls(recorder), recorder:
         output = model(x)
     recorder.record.output = walk(output, lambda t: recorder.refer(t, "the output"))
     if not refs(recorder.record.output):
         raise CaptureError("the model's output does not depend on its input through recorded torch functions (numpy in between?)")
     return recorder.record
+
+
+def values_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Every value that a run of the model on x makes, numbered as in its Record; in the model's own precision, nothing snapped."""
+    values: list[Tensor] = []
+    _record(model, x, values)
+    return values
 
 
 def _merge(a: Any, b: Any, sizes: tuple[int, int], where: str) -> Any:

@@ -6,6 +6,7 @@ and each snap must move the value by less than 1e-6 of a step, which proves the 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib import evaluator, ops, tails
-from quantlib.capture import CaptureError
+from quantlib.capture import CaptureError, values_of
 from quantlib.lowering import Conversion, lower
 from quantlib.ir import Graph, Grid
 
@@ -126,20 +127,6 @@ def _margins(conversion: Conversion, name: str) -> tuple[int, int]:
     return int((ties & inside).sum()), int((sensitive & inside).sum())
 
 
-def _plain(conversion: Conversion, model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
-    """Values of the record where nothing is snapped, in float64, or with the model's own float32 numbers."""
-    record = conversion.record
-    with torch.no_grad():
-        if dtype is torch.float64:
-            return record.replay(x)[1]
-        import copy
-
-        single = copy.deepcopy(model).cpu().float().eval()
-        names = dict(record.model.named_modules(remove_duplicate=False))
-        twins = {id(names[name]): module for name, module in single.named_modules(remove_duplicate=False) if name in names}
-        return record.replay_as(x.float(), twins)
-
-
 def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     """Run model and graph on images x (as `ql.run` takes them) and compare the integer code of every quantizer and accumulator.
 
@@ -162,6 +149,7 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     snaps = {k: s for k, s in conversion.snaps.items() if s.edge in graph.by_name}
     names = list(dict.fromkeys([graph.input.name, *(s.edge for s in snaps.values()), *graph.outputs]))
 
+    single = copy.deepcopy(model).cpu().float().eval()
     counts: dict[int, list[int]] = {k: [0, 0, 0, 0] for k in snaps}
     first: Mismatch | None = None
     output_error, start = 0.0, 0
@@ -187,8 +175,7 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
 
         with torch.no_grad():
             output, _ = conversion.record.replay(part, snap)
-        plain64 = _plain(conversion, model, part, torch.float64)
-        plain32 = _plain(conversion, model, part, torch.float32)
+        plain64, plain32 = values_of(conversion.record.model, part), values_of(single, part.float())
         for index, known in snaps.items():
             n, v = expected[index]
             got = values[known.edge].reshape(n.shape)
