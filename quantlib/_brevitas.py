@@ -75,7 +75,7 @@ def weight_codes(module: nn.Module, label: str) -> tuple[np.ndarray, np.ndarray]
     from quantlib.tails import ConversionError
 
     if not module.weight_quant.is_quant_enabled:
-        raise ConversionError(f"{label}: its weights are not quantized (weight_quant=None); give the layer a weight quantizer")
+        raise ConversionError(f"{label}: its weights are not quantized (weight_quant=None, or real_weights=True of a two-step training); give the layer a weight quantizer, or set real_weights to False")
     with torch.no_grad():
         quant = module.quant_weight()
     if not isinstance(quant, IntQuantTensor):

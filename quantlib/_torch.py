@@ -319,9 +319,9 @@ def lower_module(g: Lowering, m: nn.Module, x: Value) -> Value:
         return interpolate(g, x, m.size, m.scale_factor, m.mode)
     if isinstance(m, nn.ZeroPad2d | nn.ConstantPad2d):
         return pad(g, x, m.padding, "constant", getattr(m, "value", 0))
-    if type(m) is nn.Conv2d:
+    if type(m).forward is nn.Conv2d.forward:
         return conv2d(g, x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
-    if type(m) is nn.Linear:
+    if type(m).forward is nn.Linear.forward:
         return linear(g, x, m.weight, m.bias)
     raise ConversionError(
         f"{g.path}: no integer rule for {type(m).__module__}.{type(m).__qualname__}. Supported: the layers of quantlib.layers, brevitas.nn QuantConv2d, "

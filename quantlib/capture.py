@@ -163,10 +163,10 @@ _LIBRARIES = ("torch", "brevitas", "quantlib", "unfoldnd")
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Layers are leaves: ours (anything with `lower`), torch.nn except containers, brevitas.nn."""
+    """Layers are leaves: ours (anything with `lower`), torch.nn except containers, brevitas.nn, and subclasses that keep such a forward."""
     if hasattr(module, "lower"):
         return True
-    root = type(module).__module__
+    root = type(module).forward.__module__
     if root.startswith("torch.nn"):
         return not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
     return root.startswith("brevitas.nn")

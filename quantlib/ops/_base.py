@@ -78,6 +78,10 @@ class Op:
     def magnitude(self, *x: IntType) -> int:
         raise NotImplementedError
 
+    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
+        """(P, S): a folding is legal where pe divides P and simd divides S. Ops without weights work on pe channels of the output per cycle."""
+        return y.shape[0], 1
+
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         raise NotImplementedError
 
