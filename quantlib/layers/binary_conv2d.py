@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from brevitas.nn import QuantConv2d
+from torch import nn
 
 from quantlib.layers._base import Example, Layer
+from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import BinaryWeight
 
 
@@ -69,5 +71,6 @@ class BinaryConv2d(Layer, QuantConv2d):
     @staticmethod
     def examples() -> list[Example]:
         torch.manual_seed(1)
-        x = torch.randint(-1, 2, (3, 4, 7, 5)).float()
-        return [(BinaryConv2d(4, 6, 3, stride=2, padding=1), x), (BinaryConv2d(4, 2, (1, 3), groups=2, bias=True), x)]
+        x = torch.randn(3, 4, 7, 5)
+        modules = [BinaryConv2d(4, 6, 3, stride=2, padding=1), BinaryConv2d(4, 2, (1, 3), groups=2, bias=True)]
+        return [(nn.Sequential(FixedPoint(5, 2), m), x) for m in modules]

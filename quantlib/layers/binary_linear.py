@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from brevitas.nn import QuantLinear
+from torch import nn
 
 from quantlib.layers._base import Example, Layer
+from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import BinaryWeight
 
 
@@ -56,5 +58,5 @@ class BinaryLinear(Layer, QuantLinear):
     @staticmethod
     def examples() -> list[Example]:
         torch.manual_seed(2)
-        x = torch.randint(-1, 2, (5, 11)).float()
-        return [(BinaryLinear(11, 3), x), (BinaryLinear(11, 7, bias=True), x)]
+        x = torch.randn(5, 11)
+        return [(nn.Sequential(FixedPoint(5, 2), m), x) for m in (BinaryLinear(11, 3), BinaryLinear(11, 7, bias=True))]

@@ -78,4 +78,4 @@ class FixedPoint(Layer, nn.Module):
     def examples() -> list[Example]:
         x = torch.arange(-150, 150).reshape(4, 5, 3, 5) / 8
         modules: list[nn.Module] = [FixedPoint(6, 1, rounding) for rounding in ("half_up", "half_even", "floor", "to_zero")]
-        return [(m, x) for m in [*modules, FixedPoint(5, 2, saturation=False)]]
+        return [(m, x) for m in [*modules, nn.Sequential(FixedPoint(8, 3), FixedPoint(5, 2, saturation=False))]]

@@ -12,8 +12,9 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.nn.modules.utils import _pair
 
 from quantlib.layers._base import Example, Layer
+from quantlib.layers.quant_sign import QuantSign
 from quantlib.ops.fractional_conv2d import FractionalConv2d as FractionalConv2dOp
-from quantlib.quantizers import binary_sign, in_float32, quant_sign
+from quantlib.quantizers import binary_sign, in_float32
 from quantlib.quantizers.functions import pass_inside, sign
 from quantlib.tails import ConversionError
 
@@ -225,7 +226,7 @@ class FractionalConv2d(Layer, nn.Module):
     @staticmethod
     def examples() -> list[Example]:
         torch.manual_seed(5)
-        x = quant_sign(torch.randn(3, 4, 7, 5))
+        x = torch.randn(3, 4, 7, 5)
         modules = [
             FractionalConv2d(4, 6, 3, padding=1),
             FractionalConv2d(4, 5, 1),
@@ -233,4 +234,4 @@ class FractionalConv2d(Layer, nn.Module):
         ]
         for module in modules:
             nn.init.uniform_(module.threshold, -3, 3)
-        return [(m, x) for m in modules]
+        return [(nn.Sequential(QuantSign(2), m), x) for m in modules]

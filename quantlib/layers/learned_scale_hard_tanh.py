@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import torch
 from brevitas.nn import QuantHardTanh
+from torch import nn
 
 from quantlib.layers._base import Example, Layer
+from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import IntActLearnedLog2Scale
 from quantlib.quantizers.functions import Gradient
 
@@ -51,4 +53,5 @@ class LearnedScaleHardTanh(Layer, QuantHardTanh):
     def examples() -> list[Example]:
         torch.manual_seed(9)
         x = 8 * torch.randn(3, 5, 3, 7)
-        return [(LearnedScaleHardTanh(4), x), (LearnedScaleHardTanh(3, channels=5, gradient="brevitas"), x)]
+        per_channel = nn.Sequential(FixedPoint(9, 4), LearnedScaleHardTanh(3, channels=5, gradient="brevitas"))
+        return [(LearnedScaleHardTanh(4), x), (per_channel, x)]

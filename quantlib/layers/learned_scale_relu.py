@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import torch
 from brevitas.nn import QuantReLU
+from torch import nn
 
 from quantlib.layers._base import Example, Layer
+from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import UintActLearnedLog2Scale
 from quantlib.quantizers.functions import Gradient
 
@@ -53,4 +55,4 @@ class LearnedScaleReLU(Layer, QuantReLU):
         per_channel = LearnedScaleReLU(5, channels=5)
         with torch.no_grad():
             next(per_channel.parameters()).add_(torch.randn(1, 5, 1, 1))
-        return [(LearnedScaleReLU(4), x), (per_channel, x), (LearnedScaleReLU(2, gradient="brevitas"), x)]
+        return [(LearnedScaleReLU(4), x), (nn.Sequential(FixedPoint(9, 4), per_channel), x), (LearnedScaleReLU(2, gradient="brevitas"), x)]

@@ -8,6 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from quantlib.layers._base import Example, Layer
+from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import in_float32
 
 
@@ -86,4 +87,5 @@ class RPReLU(Layer, nn.Module):
             module.shift_x.bias.normal_()
             module.shift_y.bias.normal_()
             module.prelu.weight.copy_(torch.tensor([0.25, -0.5, 0.0, 1.5, 0.1]))
-        return [(module, torch.randn(3, 5, 3, 7)), (module, torch.randn(3, 5))]
+        network = nn.Sequential(FixedPoint(8, 4), module, FixedPoint(9, 5))
+        return [(network, 3 * torch.randn(3, 5, 3, 7)), (network, 3 * torch.randn(3, 5))]

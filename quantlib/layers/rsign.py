@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from quantlib.ir import Grid
 from quantlib.layers._base import Example, Layer
+from quantlib.layers.fixed_point import FixedPoint
 from quantlib.layers.rprelu import Shift
 from quantlib.quantizers import binary_sign
 
@@ -41,4 +42,4 @@ class RSign(Layer, nn.Module):
         modules = [RSign(5), RSign(5, sign_of_zero=1.0)]
         for module in modules:
             nn.init.constant_(module.shift_x.bias, 0.5)
-        return [(m, torch.randint(-4, 5, (3, 5, 3, 7)) / 4) for m in modules]
+        return [(nn.Sequential(FixedPoint(5, 2), m), torch.randn(3, 5, 3, 7)) for m in modules]

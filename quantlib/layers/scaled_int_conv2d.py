@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from brevitas.nn import QuantConv2d
+from torch import nn
 
 from quantlib.layers._base import Example, Layer
+from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import NarrowIntWeightPerChannelMaxAbs, NarrowIntWeightPerTensorMaxAbs
 
 
@@ -59,9 +61,10 @@ class ScaledIntConv2d(Layer, QuantConv2d):
     @staticmethod
     def examples() -> list[Example]:
         torch.manual_seed(6)
-        x = torch.randint(-8, 8, (3, 4, 7, 5)) / 4
-        return [
-            (ScaledIntConv2d(4, 6, 3, padding=1, bits=4), x),
-            (ScaledIntConv2d(4, 4, (3, 1), stride=(2, 1), groups=4, bits=5, bias=True), x),
-            (ScaledIntConv2d(4, 3, 1, bits=8, per_channel=False), x),
+        x = torch.randn(3, 4, 7, 5)
+        modules = [
+            ScaledIntConv2d(4, 6, 3, padding=1, bits=4),
+            ScaledIntConv2d(4, 4, (3, 1), stride=(2, 1), groups=4, bits=5, bias=True),
+            ScaledIntConv2d(4, 3, 1, bits=8, per_channel=False),
         ]
+        return [(nn.Sequential(FixedPoint(6, 3), m), x) for m in modules]

@@ -5,8 +5,11 @@ from typing import Any
 import torch
 from brevitas.nn import QuantLinear
 from brevitas.quant import IntBias
+from torch import nn
 
 from quantlib.layers._base import Example, Layer
+from quantlib.layers.fixed_point import FixedPoint
+from quantlib.layers.learned_scale_relu import LearnedScaleReLU
 from quantlib.quantizers import NarrowIntWeightPerChannelMaxAbs, NarrowIntWeightPerTensorMaxAbs
 
 
@@ -51,5 +54,9 @@ class ScaledIntLinear(Layer, QuantLinear):
     @staticmethod
     def examples() -> list[Example]:
         torch.manual_seed(7)
-        x = torch.randint(-8, 8, (5, 11)) / 4
-        return [(ScaledIntLinear(11, 3, bits=4), x), (ScaledIntLinear(11, 2, bias=False, bits=3, per_channel=False), x)]
+        x = torch.randn(5, 11)
+        rounded = nn.Sequential(
+            LearnedScaleReLU(4, return_quant_tensor=True), ScaledIntLinear(11, 3, bits=4, per_channel=False, bias_bits=12)
+        )
+        modules = [ScaledIntLinear(11, 3, bits=4), ScaledIntLinear(11, 2, bias=False, bits=3, per_channel=False)]
+        return [(rounded, x), *((nn.Sequential(FixedPoint(6, 3), m), x) for m in modules)]

@@ -3,9 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from quantlib.layers._base import Example
 from quantlib.layers.learned_scale_hard_tanh import LearnedScaleHardTanh
+from quantlib.layers.scaled_int_conv2d import ScaledIntConv2d
 
 
 class SharedHardTanh(LearnedScaleHardTanh):
@@ -24,11 +26,24 @@ class SharedHardTanh(LearnedScaleHardTanh):
     [7.0]
     """
 
-    def add(self, identity: Any, body: torch.Tensor) -> Any:
+    def add(self, identity: Any, body: Tensor) -> Any:
         """The residual join. identity: an output of this module (or of an equal-scale one); body: real values before their quantizer."""
         return self(identity + self(body))
 
     @staticmethod
     def examples() -> list[Example]:
         torch.manual_seed(10)
-        return [(SharedHardTanh(4), 8 * torch.randn(3, 5, 3, 7))]
+        return [(SharedHardTanh(4), 8 * torch.randn(3, 5, 3, 7)), (_Residual(), 8 * torch.randn(3, 2, 3, 7))]
+
+
+class _Residual(nn.Module):
+    """The smallest network with a shared join."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.conv = SharedHardTanh(4), ScaledIntConv2d(2, 2, 3, padding=1, bits=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(x)
+        joined: Tensor = self.shared.add(x, self.conv(x))
+        return joined
