@@ -181,7 +181,7 @@ _PAPER: dict[str, Any] = {
 }
 GRID = FixedPoint(bits=12, fraction=6)
 _OPTIONS = {
-    "fixed_point": "None: float32 as published; 'authors': the accelerator's datapath; FixedPoint: grid of every join and mean, 8-bit classifier",
+    "fixed_point": "None: float32 as published; 'authors': the accelerator's datapath; FixedPoint: grid of every join, 8-bit classifier",
     "num_classes": "rows of the classifier",
     "real_weights": "True leaves convolution weights real: the first step of training",
 }

@@ -66,7 +66,8 @@ def test_module_prefix_is_removed():
 def test_c_header(tmp_path):
     path = tmp_path / "w.h"
     path.write_text(
-        "// weights\n#include <x>\nconst float a_weight[2][3] = {{1, -2.5e-1f, 3.}, {4, 5, /* six */ 6}};\nfloat none[1] = {};\nint n[2]={7,8};\n"
+        "// weights\n#include <x>\n"
+        "const float a_weight[2][3] = {{1, -2.5e-1f, 3.}, {4, 5, /* six */ 6}};\nfloat none[1] = {};\nint n[2]={7,8};\n"
     )
     tensors = read(path)
     assert (
