@@ -13,8 +13,8 @@ class Layer:
     """Mixin of every layer class of this library. A subclass has a docstring and `examples()`; a class without either cannot be imported.
 
     examples() -> [(module, input)]: small networks of odd shapes around the layer that convert as they stand (a quantizer in front of what
-    needs integers, one behind what is no quantizer), with float32 images (N, C, H, W) or (N, C), on the grid `input_grid()` of the layer where
-    it has one. A layer that is no plain Brevitas layer has `lower(g, x)` right under `forward`.
+    needs integers, one behind what is no quantizer), with float32 images (N, C, H, W) or (N, C), on the layer's `input_grid()` where it has
+    one. A layer that is no plain Brevitas layer has `lower(g, x)` right under `forward`.
     """
 
     registry: ClassVar[dict[str, type[Layer]]] = {}

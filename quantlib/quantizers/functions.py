@@ -289,11 +289,16 @@ def fixed_point(x: Tensor, bits: int, fraction: int, rounding: Rounding = "half_
     Forward:   n = R(x * 2^fraction) in -2^(bits-1)..2^(bits-1) - 1; y = n * 2^-fraction. R: half_up (ties towards +infinity), half_even,
                floor, to_zero. Outside the word: the nearest end (saturation) or modulo 2^bits.
     Gradient:  saturation: dx = dy where -2^(bits-1) <= x * 2^fraction <= 2^(bits-1) - 1, else 0; without saturation dx = dy.
-    Shapes:    any. float32 holds every word of up to 24 bits exactly; wider words need float64 inputs.
+    Shapes:    any. float32 holds every word of up to 25 bits exactly; wider words need float64 inputs (ValueError).
     Source:    ap_fixed<bits, bits - fraction, RND | RND_CONV | TRN | TRN_ZERO, SAT | WRAP> of the HLS tools; FracBNN's accelerator uses
                16 bits, fraction 7, half_up, saturation
 
     >>> fixed_point(torch.tensor([0.25, -0.25, 100.0]), bits=4, fraction=1).tolist()
     [0.5, 0.0, 3.5]
     """
-    return _FixedPoint.apply(in_float32(x), int(bits), int(fraction), rounding, bool(saturation))
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    x = in_float32(x)
+    if bits > 25 and x.dtype != torch.float64:
+        raise ValueError(f"a word of {bits} bits needs float64 inputs, got {x.dtype}; up to 25 bits fit float32")
+    return _FixedPoint.apply(x, int(bits), int(fraction), rounding, bool(saturation))
