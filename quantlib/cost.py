@@ -163,33 +163,36 @@ def table(entries: int, bits: int, pe: int) -> Cost:
 
 
 @cache
-def _rows(height: int, out: int, kernel: int, stride: int, before: int, dilation: int) -> tuple[tuple[int, ...], int]:
-    """need[r], the input rows that output rows 0..r read, with the image's height behind the last one; and the rows a ring has to hold."""
-    need = [min(max(r * stride - before + (kernel - 1) * dilation + 1, 0), height) for r in range(out)]
-    held = [n - max(r * stride - before, 0) for r, n in enumerate(need)]
-    return (*need, height), max(max(held), 1) + stride
+def _rows(height: int, out: int, kernel: int, stride: int, before: int, dilation: int) -> tuple[int, ...]:
+    """need[r], the input rows that output rows 0..r read, with the image's height behind the last one."""
+    return (*(min(max(r * stride - before + (kernel - 1) * dilation + 1, 0), height) for r in range(out)), height)
 
 
 def window(
     x: IntType, y: IntType, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], lanes: int
 ) -> Cost:
-    """The stage that turns the image into windows, `lanes` channels per word, reading the next rows while it writes those of the present one.
+    """The stage that turns the image into windows, `lanes` channels per word; it reads the next rows while it writes the present one.
 
-    cycles = fill + sum over output rows of max(words written, words read): a ring of image rows in one memory, none for 1 x 1 windows side by side.
+    cycles = fill + sum over output rows of max(words written, words read). A ring of image rows in one memory; nothing for 1 x 1 windows
+    side by side.
     """
     if tuple(kernel) == tuple(stride) == (1, 1) and not any(padding):
         return Cost()
     channels, height, width = x.shape
     _, rows, cols = y.shape
-    need, held = _rows(height, rows, kernel[0], stride[0], padding[0], dilation[0])
+    need = _rows(height, rows, kernel[0], stride[0], padding[0], dilation[0])
+    held = (kernel[0] - 1) * dilation[0] + 1 + stride[0]
     line, written = width * channels // lanes, cols * kernel[0] * kernel[1] * channels // lanes
     cycles = need[0] * line + sum(max(written, (b - a) * line) for a, b in zip(need[:-1], need[1:]))
     return loop(cycles, lanes * x.bits, need[0] / height) + memory(min(held, height) * line, lanes * x.bits)
 
 
-def converter(source: int, sink: int) -> Cost:
-    """From words of `source` bits to words of `sink` bits: a shift register of the wider one and its selection."""
-    return Cost() if source == sink else Cost(lut=max(source, sink) // 2 + 16, ff=2 * max(source, sink))
+def port(bits: int) -> Cost:
+    """One end of a stream of words of `bits` bits: its register, and its half of the converter that meets words of another width.
+
+    Charged at both ends whether the widths differ or not (our estimate, an upper bound where they agree).
+    """
+    return Cost(lut=bits // 4 + 8, ff=bits)
 
 
 _BRAM_SHAPES = ((16_384, 1), (8_192, 2), (4_096, 4), (2_048, 9), (1_024, 18), (512, 36))  # 18-kbit block: UG573 and UG473, port widths

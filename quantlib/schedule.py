@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from quantlib.cost import Cost as Cost
-from quantlib.cost import converter, fifo
+from quantlib.cost import fifo, port
 from quantlib.ir import Graph, IntType, Node
-from quantlib.ops._base import Op
 from quantlib.parts import PARTS, RESOURCES, Part
 from quantlib.parts import part as find_part
 
@@ -53,7 +52,7 @@ class Stage:
 
 
 class Schedule(Mapping[str, Stage]):
-    """Node name -> Stage, read-only. `Schedule.of(graph)` is the smallest layout: one lane everywhere, with the FIFO depths that it needs."""
+    """Node name -> Stage, read-only. `Schedule.of(graph)` is the smallest layout: one lane everywhere, and FIFOs deep enough for it."""
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
         self._stages = MappingProxyType(dict(stages))
@@ -67,7 +66,14 @@ class Schedule(Mapping[str, Stage]):
                 raise KeyError(f"the graph {graph.name} has no node {name}")
         for node in graph:
             check_folding(node, graph.types(node), chosen[node.name])
-        return cls(_with_depths(graph, chosen))
+        waits = _waits(graph)
+        return cls({
+            n.name: Stage(
+                chosen[n.name],
+                tuple(_depth(graph.by_name[i].type, chosen[i].pe, waits[n.name, k]) for k, i in enumerate(n.inputs)),
+            )
+            for n in graph
+        })  # fmt: skip
 
     def __getitem__(self, name: str) -> Stage:
         try:
@@ -84,7 +90,7 @@ class Schedule(Mapping[str, Stage]):
 
 @dataclass(frozen=True)
 class Row:
-    """One node of a plan: its folding, what it costs with the FIFOs in front of it, and its own cycles per image."""
+    """One node of a plan: its folding, the depths of the FIFOs in front of it, and its cost with its ports and the FIFOs behind it."""
 
     name: str
     op: str
@@ -97,9 +103,9 @@ class Row:
 class Plan:
     """What `estimate` returns: a schedule and what it takes on a part.
 
-    total: sum over the rows. budget: what may be used (quantlib.parts.USABLE of the part). cycles: per image in steady state, those of the slowest
-    node, named by `bottleneck`; fps = clock / cycles. latency: cycles from the first input word to the last output word of one image.
-    missing: resource -> how much of it is lacking ("fps" -> frames per second, when no legal folding reaches the target); empty when it fits.
+    total: sum over the rows; what may be used is part.budget(). cycles: per image in steady state, those of the slowest node, `bottleneck`;
+    fps = clock / cycles. latency: cycles from the first input word to the last output word of one image.
+    missing: resource -> how much of it is lacking ("fps": frames per second, when no legal folding reaches the target); empty when it fits.
     smallest: the smallest listed part that holds the network at the target (at any speed where none was set), None when none does.
     """
 
@@ -179,11 +185,11 @@ def estimate(
 ) -> Plan:
     """The folding of every node that makes `graph` fast on `part`, and what it costs.
 
-    Without fps: the fewest cycles per image whose cheapest layout keeps within the part's budget. With fps: the least resources that reach
-    clock / fps cycles. A schedule of your own is only costed. Where nothing fits, the plan is the nearest one found, `fits` is False and `missing`
-    says what is lacking. Cost is the least sum of the shares of the budget; where one resource runs short its share weighs more.
+    Without fps: the fewest cycles per image whose layout keeps within the part's budget. With fps: the least resources that reach
+    clock / fps cycles. A schedule of your own is only costed. Where nothing fits, the plan is the nearest one found, `fits` is False and
+    `missing` says what is lacking. Cheap means a small sum of the shares of the budget; where one resource runs short its share weighs more.
 
-    Raises LookupError for an unknown part, ValueError for fps or clock_mhz that are not positive and for a schedule with an illegal folding.
+    Raises LookupError for an unknown part, ValueError for fps or clock_mhz that are not positive and for an illegal folding.
     """
     device = find_part(part)
     clock = device.clock_mhz if clock_mhz is None else clock_mhz
@@ -193,8 +199,9 @@ def estimate(
         for node in graph:
             check_folding(node, graph.types(node), schedule[node.name].folding)
         return _plan(graph, device, clock, fps, schedule, None)
-    options = [_options(n, graph.types(n)) for n in graph]
-    target = None if fps is None else int(clock * 1e6 / fps)
+    waits = _waits(graph)
+    options = [_options(graph, n, waits) for n in graph]
+    target = None if fps is None else _cycles_at(clock, fps)
     chosen = _solve(graph, options, device, target)
     plan = _plan(graph, device, clock, fps, chosen, None)
     if plan.fits:
@@ -207,19 +214,16 @@ def estimate(
     return plan
 
 
+def _cycles_at(clock_mhz: float, fps: float) -> int:
+    """Most cycles per image at this speed; the millionth of a cycle absorbs the rounding of the division."""
+    return int(clock_mhz * 1e6 / fps + 1e-6)
+
+
 # Legal foldings.
 
 
-def lanes(op: Op, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
-    """The counts that pe and simd must divide: output channels, and the inputs of one output that arrive in one pixel."""
-    weight = getattr(op, "weight", None)
-    if weight is None or type(op).__name__ == "SaturatingDense":
-        return y.shape[0], 1
-    return y.shape[0], weight.shape[1]
-
-
 def check_folding(node: Node, x: Sequence[IntType], folding: Folding) -> None:
-    pe, simd = lanes(node.op, x, node.type)
+    pe, simd = node.op.folds(x, node.type)
     if pe % folding.pe or simd % folding.simd:
         raise ValueError(
             f"{node.name} ({type(node.op).__name__}): pe = {folding.pe} must divide {pe} and simd = {folding.simd} must divide {simd}"
@@ -239,15 +243,17 @@ class _Options:
     usage: np.ndarray  # (options, resources)
 
 
-def _options(node: Node, x: Sequence[IntType]) -> _Options:
-    pes, simds = lanes(node.op, x, node.type)
+def _options(graph: Graph, node: Node, waits: _Waits) -> _Options:
+    x = graph.types(node)
+    pes, simds = node.op.folds(x, node.type)
     styles = ("lut", "bram", "uram") if hasattr(node.op, "weight") else ("auto",)
     found: list[tuple[Folding, Cost]] = []
     for pe in _divisors(pes):
         for simd in _divisors(simds):
             if max(pe * node.type.bits, simd * max((t.bits for t in x), default=0)) > WORD_BITS and (pe, simd) != (1, 1):
                 continue
-            found += [(f, node.op.cost(x, node.type, f)) for f in (Folding(pe, simd, s) for s in styles)]
+            around = _streams(graph, node, Folding(pe, simd), waits)
+            found += [(f, node.op.cost(x, node.type, f) + around) for f in (Folding(pe, simd, s) for s in styles)]
     cycles = np.array([c.cycles for _, c in found])
     usage = np.array([[getattr(c, r) for r in RESOURCES] for _, c in found], dtype=np.float64)
     keep = _undominated(np.column_stack([cycles, usage]))
@@ -267,22 +273,13 @@ def _undominated(points: np.ndarray) -> list[int]:
 
 
 def _solve(graph: Graph, options: list[_Options], device: Part, target: int | None, any_speed: bool = False) -> Schedule:
-    names = [n.name for n in graph]
     budget = np.array([float(v) for v in device.budget().values()])
-    streams = np.zeros(len(RESOURCES))
-    for _ in range(4):  # what FIFOs and converters take depends on the folding: leave room for it and choose again
-        picked = _choose(options, np.maximum(budget - streams, 0), target, any_speed)
-        schedule = Schedule(_with_depths(graph, {n: o.foldings[i] for n, o, i in zip(names, options, picked, strict=True)}))
-        needed = np.array([sum(getattr(_stream_cost(graph, n, schedule), r) for n in graph) for r in RESOURCES], dtype=np.float64)
-        used = sum((o.usage[i] for o, i in zip(options, picked, strict=True)), np.zeros(len(RESOURCES)))
-        if (used + needed <= budget).all() or (needed <= streams).all():
-            break
-        streams = np.maximum(streams, needed)
-    return schedule
+    picked = _choose(options, budget, target, any_speed)
+    return Schedule.of(graph, {n.name: o.foldings[i] for n, o, i in zip(graph, options, picked, strict=True)})
 
 
 def _choose(options: list[_Options], budget: np.ndarray, target: int | None, any_speed: bool) -> list[int]:
-    """One option per node: fewest cycles within budget, or (target) the cheapest with at most `target` cycles; the nearest miss where none fits."""
+    """One option per node: fewest cycles within budget, or the cheapest with at most `target` cycles; the nearest miss where none fits."""
     slowest = max(int(o.cycles.min()) for o in options)  # no layout is faster than the fastest of the slowest node
     if target is not None:
         return _fit(options, budget, max(target, slowest))[1]
@@ -368,61 +365,63 @@ def _search(usage: list[np.ndarray], limit: int = 20_000) -> list[int] | None:
     return [picked[i] for i in range(len(usage))] if descend(0, np.zeros(len(RESOURCES))) else None
 
 
-# FIFOs and totals.
+# FIFOs.
+
+BASE_DEPTH = 2  # a register pair: what one stage hands to the next without losing a cycle
+_Waits = Mapping[tuple[str, int], float]
 
 
-def _words(t: IntType, pe: int) -> int:
-    """Words of one image on a stream that carries pe channels per word."""
-    return t.numel // pe
+def _waits(graph: Graph) -> _Waits:
+    """(node, input) -> the share of an image that this input's source sends before the node's slowest input has its first word.
 
-
-def _with_depths(graph: Graph, foldings: Mapping[str, Folding]) -> dict[str, Stage]:
-    """FIFO depths: where branches meet, the shorter one stores what its source sends while the longer one fills."""
+    What a node waits for does not depend on the folding: it is the share of its input that precedes its first output (`Cost.fill`).
+    """
     lag: dict[str, float] = {}
-    stages: dict[str, Stage] = {}
+    waits = {}
     for node in graph:
-        cost = node.op.cost(graph.types(node), node.type, foldings[node.name])
         longest = max((lag[i] for i in node.inputs), default=0.0)
-        lag[node.name] = longest + cost.fill
-        depths = []
-        for i in node.inputs:
-            words = _words(graph.by_name[i].type, foldings[i].pe)
-            depths.append(BASE_DEPTH + min(ceil((longest - lag[i]) * words), words))
-        stages[node.name] = Stage(foldings[node.name], tuple(depths))
-    return stages
+        lag[node.name] = longest + node.op.cost(graph.types(node), node.type, Folding()).fill
+        waits.update({(node.name, k): longest - lag[i] for k, i in enumerate(node.inputs)})
+    return waits
 
 
-BASE_DEPTH = 2
+def _depth(source: IntType, pe: int, wait: float) -> int:
+    """FIFO depth in words of pe channels: where branches meet, the shorter one stores what its source sends while the longer one fills."""
+    words = source.numel // pe
+    return BASE_DEPTH + min(ceil(wait * words), words)
 
 
-def _stream_cost(graph: Graph, node: Node, schedule: Schedule) -> Cost:
-    """The FIFOs in front of a node, and the converters where it reads other words than its source writes."""
-    total = Cost()
-    stage = schedule[node.name]
-    for i, depth in zip(node.inputs, stage.depths, strict=True):
-        source = graph.by_name[i]
-        width = source.type.bits * schedule[i].folding.pe
-        wanted = source.type.bits * (stage.folding.simd if hasattr(node.op, "weight") else stage.folding.pe)
-        total += fifo(depth, width) + converter(width, wanted)
+def _streams(graph: Graph, node: Node, folding: Folding, waits: _Waits) -> Cost:
+    """The ports of a node and the FIFOs behind it, one per reader."""
+    total = port(folding.pe * node.type.bits)
+    reads = folding.simd if hasattr(node.op, "weight") else folding.pe
+    for t in graph.types(node):
+        total += port(reads * t.bits)
+    for reader in dict.fromkeys(graph.consumers[node.name]):
+        for k, i in enumerate(reader.inputs):
+            if i == node.name:
+                total += fifo(_depth(node.type, folding.pe, waits[reader.name, k]), folding.pe * node.type.bits)
     return total
 
 
 def _plan(graph: Graph, device: Part, clock: float, fps: float | None, schedule: Schedule, smallest: str | None) -> Plan:
-    rows, total, start, finish = [], Cost(), {}, {}
+    rows, total, waits = [], Cost(), _waits(graph)
+    start: dict[str, float] = {}
+    finish: dict[str, float] = {}
     slowest, bottleneck = 1, graph.input.name
     for node in graph:
         stage = schedule[node.name]
         own = node.op.cost(graph.types(node), node.type, stage.folding)
         if own.cycles > slowest:
             slowest, bottleneck = own.cycles, node.name
-        cost = own + _stream_cost(graph, node, schedule)
+        cost = own + _streams(graph, node, stage.folding, waits)
         rows.append(Row(node.name, type(node.op).__name__, stage.folding, stage.depths, cost))
         total += cost
         start[node.name] = max((start[i] + own.fill * (finish[i] - start[i]) for i in node.inputs), default=0.0)
         finish[node.name] = max([start[node.name] + own.cycles, *(finish[i] for i in node.inputs)])
     budget = device.budget()
     missing: dict[str, float] = {r: getattr(total, r) - budget[r] for r in RESOURCES if getattr(total, r) > budget[r]}
-    if fps is not None and slowest > int(clock * 1e6 / fps):
+    if fps is not None and slowest > _cycles_at(clock, fps):
         missing["fps"] = fps - clock * 1e6 / slowest
     latency = ceil(max(finish[o] for o in graph.outputs))
     return Plan(graph.name, device, clock, schedule, tuple(rows), total, slowest, latency, bottleneck, fps, missing,

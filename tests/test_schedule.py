@@ -1,0 +1,325 @@
+"""Folding and cost: cycles by hand, the solver against all foldings, budgets, FIFO depths and the printed plan."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+
+from quantlib.cost import Cost, adder, compare, fifo, memory, multiply, xnor_popcount
+from quantlib.ir import Decode, Graph, IntType, Node
+from quantlib.ops import Add, Conv2d, Dense, FractionalConv2d, Input, MaxPool, Op, SumPool, Threshold
+from quantlib.parts import RESOURCES, Part
+from quantlib.schedule import Folding, Plan, Schedule, Stage, check_folding, estimate
+
+RNG = np.random.default_rng(3)
+
+
+class Build:
+    """A graph node by node."""
+
+    def __init__(self, shape: tuple[int, ...], lo: int, hi: int, step: int = 1) -> None:
+        self.nodes: list[Node] = []
+        self.types: dict[str, IntType] = {}
+        self("x", Input(shape, lo, hi, step))
+
+    def __call__(self, name: str, op: Op, *inputs: str) -> str:
+        self.types[name] = op.infer(*(self.types[i] for i in inputs))
+        self.nodes.append(Node(name, op, inputs, self.types[name]))
+        return name
+
+    def graph(self, name: str = "net") -> Graph:
+        out = self.nodes[-1]
+        return Graph(tuple(self.nodes), (Decode((out.name,), (np.ones(()),), np.zeros(()), out.type.shape),), name=name)
+
+
+def act(channels: int, levels: int = 3) -> Threshold:
+    return Threshold(np.sort(RNG.integers(-30, 30, (channels, levels)), 1), np.ones(channels), -levels, 2)
+
+
+def small() -> Graph:
+    b = Build((2, 6, 6), -3, 3, 2)
+    b("conv", Conv2d(RNG.integers(-3, 4, (4, 2, 3, 3)), padding=(1, 1, 1, 1)), "x")
+    b("act", act(4), "conv")
+    b("pool", MaxPool((2, 2), (2, 2)), "act")
+    b("fc", Dense(RNG.integers(-3, 4, (6, 36))), "pool")
+    return b.graph("small")
+
+
+def residual(channels: int = 4, size: int = 8, blocks: int = 1) -> Graph:
+    b = Build((channels, size, size), -3, 3, 2)
+    x = "x"
+    for i in range(blocks):
+        weight = RNG.choice([-1, 1], (channels, channels, 3, 3))
+        b(f"conv{i}", FractionalConv2d(weight, RNG.integers(-5, 5, channels), padding=(1, 1, 1, 1)), x)
+        b(f"act{i}", act(channels), f"conv{i}")
+        b(f"add{i}", Add(), f"act{i}", x)
+        x = b(f"quant{i}", act(channels), f"add{i}")
+    return b.graph("residual")
+
+
+def cycles(op: Op, x: IntType, pe: int = 1, simd: int = 1) -> int:
+    return op.cost((x,), op.infer(x), Folding(pe, simd)).cycles
+
+
+# Cycles, by hand.
+
+
+def test_cycles_of_a_convolution() -> None:
+    x = IntType((4, 8, 6), -3, 3, 1.0, 2)
+    conv = Conv2d(np.ones((6, 4, 3, 3)), padding=(1, 1, 1, 1))
+    assert cycles(conv, x, 1, 1) == 8 * 6 * 6 * 36  # every product on its own
+    assert cycles(conv, x, 3, 2) == 8 * 6 * (6 // 3) * (36 // 2)
+    # With all outputs at once the windows are slower: 2 rows to fill (padding gives the third), then 9 words of 4 lanes per pixel.
+    assert cycles(conv, x, 6, 4) == 2 * 6 + 8 * 6 * 9
+    # 1 x 1 without padding has no windows: one cycle per pixel when everything is unfolded.
+    assert cycles(Conv2d(np.ones((6, 4, 1, 1))), x, 6, 4) == 8 * 6
+    # Stride 2, no padding: 3 rows to fill; a row of 2 windows (18 words) reads the next 2 rows (12 words) meanwhile.
+    assert cycles(Conv2d(np.ones((6, 4, 3, 3)), stride=(2, 2)), x, 6, 4) == 3 * 6 + 18 + 18 + 18
+
+
+def test_cycles_of_the_other_ops() -> None:
+    x = IntType((4, 8, 6), -3, 3, 1.0, 2)
+    assert cycles(Dense(np.ones((10, 192))), x, 1, 1) == 1920
+    assert cycles(Dense(np.ones((10, 192))), x, 5, 16) == 2 * 12
+    assert cycles(act(4), x, 2) == 4 * 8 * 6 // 2
+    assert cycles(MaxPool((2, 2), (2, 2)), x, 4) == 2 * 6 + 4 * 3 * 4  # 2 rows to fill, then 12 words for each row of 3 windows
+    assert cycles(SumPool((8, 6), (8, 6)), x, 2) == 8 * 6 * 4 // 2  # the whole map: one running sum per channel
+    assert cycles(SumPool((8, 6), (8, 6)), x, 4) == 8 * 6
+    y = (x, x)
+    assert Add().cost(y, Add().infer(*y), Folding(4)).cycles == 48
+
+
+def test_more_lanes_never_cost_more_cycles_nor_fewer_lut() -> None:
+    for name, kind in Op.registry.items():
+        for op, types in kind.examples():
+            y = op.infer(*types)
+            pes, simds = op.folds(types, y)
+            costs = {
+                (p, s): op.cost(types, y, Folding(p, s, "lut"))
+                for p in range(1, pes + 1) if pes % p == 0
+                for s in range(1, simds + 1) if simds % s == 0
+            }  # fmt: skip
+            for (p, s), c in costs.items():
+                assert all(isinstance(getattr(c, r), int) and getattr(c, r) >= 0 for r in RESOURCES) and 0 <= c.fill <= 1, name
+                assert c.cycles >= 1, name
+                for (p2, s2), c2 in costs.items():
+                    if p2 % p == 0 and s2 % s == 0:
+                        assert c2.cycles <= c.cycles, (name, p, s, p2, s2)
+
+
+# Leaf formulas.
+
+
+def test_memories() -> None:
+    assert memory(1, 999) == Cost()
+    assert memory(512, 36, "bram").bram18 == 1  # 18 kbit exactly
+    assert memory(513, 36, "bram").bram18 == 2
+    assert memory(16_384, 1, "bram").bram18 == 1
+    assert memory(1_024, 40, "bram").bram18 == 3  # 1024 x 18 three times, where 512 x 36 would take four
+    assert memory(64, 10, "lut").lut == 10 and memory(65, 10, "lut").lut == 20
+    assert memory(4_096, 72, "uram").uram == 1 and memory(4_097, 72, "uram").uram == 2
+    assert memory(64, 8).bram18 == 0 and memory(1024, 8).bram18 == 1  # auto: 512 bits stay in LUTs
+    with pytest.raises(ValueError, match="choose auto, lut, bram or uram"):
+        memory(8, 8, "flash")
+
+
+def test_arithmetic() -> None:
+    assert (multiply(4, 4).lut, multiply(4, 4).dsp) == (16, 0)
+    assert (multiply(8, 8).lut, multiply(8, 8).dsp) == (0, 1)
+    assert multiply(16, 40).dsp == 2 and multiply(1, 8).lut == 4
+    assert adder(9).lut == 9 and compare(9).lut == 5
+    assert xnor_popcount(64).lut < 2 * 64
+    assert fifo(2, 8).lut < fifo(32, 8).lut < fifo(64, 8).lut and fifo(2048, 18).bram18 == 2
+
+
+def test_cost_adds_resources_and_keeps_the_larger_time() -> None:
+    a, b = Cost(1, 2, 3, 4, 5, 100, 0.25), Cost(10, 20, 30, 40, 50, 7, 0.5)
+    assert a + b == Cost(11, 22, 33, 44, 55, 100, 0.5)
+    assert a.times(3) == Cost(3, 6, 9, 12, 15, 100, 0.25)
+
+
+# Foldings and schedules.
+
+
+def test_illegal_foldings() -> None:
+    graph = small()
+    conv = graph.by_name["conv"]
+    with pytest.raises(ValueError, match="conv .Conv2d.: pe = 3 must divide 4 and simd = 1 must divide 2"):
+        check_folding(conv, graph.types(conv), Folding(3, 1))
+    with pytest.raises(ValueError, match="must divide"):
+        Schedule.of(graph, {"conv": Folding(1, 3)})
+    with pytest.raises(KeyError, match="no node nothing"):
+        Schedule.of(graph, {"nothing": Folding()})
+    with pytest.raises(ValueError, match="at least 1"):
+        Folding(0)
+    with pytest.raises(ValueError, match="memory style 'flash'"):
+        Folding(memory="flash")
+    with pytest.raises(KeyError, match="made for another graph"):
+        Schedule({})["conv"]
+
+
+def test_a_schedule_of_ones_own_is_only_costed() -> None:
+    graph = small()
+    mine = Schedule.of(graph, {"conv": Folding(2, 2)})
+    plan = estimate(graph, schedule=mine)
+    assert plan.schedule is mine
+    assert {r.name: r.folding for r in plan.rows}["conv"] == Folding(2, 2)
+    assert plan.cycles == max(r.cost.cycles for r in plan.rows) == 6 * 6 * 2 * 9
+    with pytest.raises(ValueError, match="must divide"):
+        estimate(graph, schedule=Schedule({n.name: Stage(Folding(3)) for n in graph}))
+
+
+def totals(plan: Plan) -> dict[str, int]:
+    return {r: getattr(plan.total, r) for r in RESOURCES}
+
+
+def every_schedule(graph: Graph) -> list[Schedule]:
+    """All foldings of all nodes."""
+    choices = []
+    for node in graph:
+        pes, simds = node.op.folds(graph.types(node), node.type)
+        styles = ("lut", "bram") if hasattr(node.op, "weight") else ("auto",)
+        choices.append([
+            Folding(p, s, m)
+            for p in range(1, pes + 1) if pes % p == 0
+            for s in range(1, simds + 1) if simds % s == 0
+            for m in styles
+        ])  # fmt: skip
+    names = [n.name for n in graph]
+    return [Schedule.of(graph, dict(zip(names, c, strict=True))) for c in itertools.product(*choices)]
+
+
+def tiny(seed: int) -> Graph:
+    rng = np.random.default_rng(seed)
+    channels, out = int(rng.integers(1, 4)), int(rng.integers(2, 5))
+    b = Build((channels, 5, 5), -7, 8)
+    b("conv", Conv2d(rng.integers(-7, 8, (out, channels, 3, 3))), "x")
+    b("act", act(out), "conv")
+    b("fc", Dense(rng.integers(-1, 2, (int(rng.integers(1, 4)), out * 9))), "act") if seed % 2 else None
+    return b.graph(f"tiny{seed}")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_folding_beats_the_solver(seed: int) -> None:
+    """Brute force: every folding of every node. Budgets are set where the choice is tight in LUTs, in block RAM, or in both."""
+    graph = tiny(seed)
+    plans = [estimate(graph, schedule=s) for s in every_schedule(graph)]
+    used = np.array([[*totals(p).values()] for p in plans])
+    rng = np.random.default_rng(seed)
+    for _ in range(12):
+        lut, bram = int(rng.choice(used[:, 0])), int(rng.choice(used[:, 3]))
+        part = Part("tiny", "tiny-1", (), lut * 10 // 7 + 1, 10**6, 10**4, bram * 10 // 9 + 1, 0, 100.0)
+        budget = part.budget()
+        inside = [p for p in plans if all(v <= budget[r] for r, v in totals(p).items())]
+        got = estimate(graph, part)
+        assert got.fits == bool(inside), (lut, bram)
+        if inside:
+            assert got.cycles == min(p.cycles for p in inside), (lut, bram)
+            assert all(v <= budget[r] for r, v in totals(got).items())
+        else:
+            assert got.missing == {r: v - budget[r] for r, v in totals(got).items() if v > budget[r]}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_target_speed_is_reached_with_the_least_resources(seed: int) -> None:
+    graph = tiny(seed)
+    part = Part("big", "big-1", (), 10**6, 2 * 10**6, 10**4, 10**4, 0, 100.0)
+    plans = [estimate(graph, part, schedule=s) for s in every_schedule(graph)]
+    budget = part.budget()
+
+    def share(p: Plan) -> float:
+        return sum(v / budget[r] for r, v in totals(p).items() if budget[r])
+
+    for limit in sorted({p.cycles for p in plans})[::3]:
+        fps = part.clock_mhz * 1e6 / limit
+        got = estimate(graph, part, fps)
+        assert got.cycles <= limit and got.fits
+        best = min(share(p) for p in plans if p.cycles <= limit)
+        assert share(got) == pytest.approx(best, rel=1e-12)  # sums of floats in another order
+
+
+def test_a_target_that_no_folding_reaches() -> None:
+    plan = estimate(small(), "xczu3eg", fps=1e9)
+    assert not plan.fits and plan.missing["fps"] > 0 and plan.smallest is None
+    assert "missing" in str(plan) and "none" in str(plan)
+
+
+def test_what_does_not_fit_says_what_is_missing_and_what_would_do() -> None:
+    b = Build((3, 12, 12), 0, 255)
+    for i in range(3):
+        b(f"conv{i}", Conv2d(RNG.integers(-128, 128, (256, b.types[b.nodes[-1].name].shape[0], 3, 3))), b.nodes[-1].name)
+        b(f"act{i}", act(256, 15), f"conv{i}")
+    graph = b.graph("wide")
+    plan = estimate(graph, "xc7z010")
+    assert not plan.fits
+    budget = plan.part.budget()
+    for r, v in plan.missing.items():
+        assert v == getattr(plan.total, r) - budget[r] > 0
+    assert plan.smallest is not None and estimate(graph, plan.smallest).fits
+    assert f"smallest listed part that would do: {plan.smallest}" in str(plan)
+
+
+def test_larger_parts_are_never_slower() -> None:
+    graph = residual(16, 16, 3)
+    speeds = [estimate(graph, p, clock_mhz=100).cycles for p in ("xc7z010", "xc7z020", "xczu3eg", "xczu7ev", "xcu250")]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_a_hundred_nodes_take_well_under_a_second() -> None:
+    graph = residual(64, 32, 25)
+    assert len(graph) == 101
+    start = time.process_time()
+    plan = estimate(graph, "xczu9eg")
+    assert time.process_time() - start < 1.5  # 0.2 s on the machine it was written on; the rest is room for a loaded one
+    assert plan.fits
+
+
+# FIFOs, latency, text.
+
+
+def test_the_short_branch_stores_what_the_long_one_waits_for() -> None:
+    graph = residual(4, 8)
+    for pe in (1, 2, 4):
+        schedule = Schedule.of(graph, {n.name: Folding(pe) for n in graph})
+        straight, skip = schedule["add0"].depths
+        # A 3 x 3 window with padding 1 waits for two rows of 8 pixels (of the rows behind the image none), 4/pe words each.
+        assert skip >= 2 * 8 * 4 // pe > straight
+        assert all(d >= 2 for n in graph for d in schedule[n.name].depths)
+
+
+def test_latency_is_at_least_the_slowest_node_and_at_most_the_sum() -> None:
+    for graph in (small(), residual(4, 8, 3)):
+        plan = estimate(graph, schedule=Schedule.of(graph))
+        assert plan.cycles <= plan.latency <= sum(r.cost.cycles for r in plan.rows)
+
+
+def test_the_plan_reads_well_and_goes_through_json() -> None:
+    plan = estimate(small(), "Ultra96-V2", clock_mhz=250)
+    text = str(plan)
+    assert text.startswith("small on xczu3eg (Ultra96, Ultra96-V2) at 250 MHz: fits")
+    assert f"{plan.cycles:,} cycles per image (slowest: {plan.bottleneck})" in text
+    assert all(r.name in text for r in plan.rows)
+    assert max(map(len, text.splitlines())) <= 140
+    again = json.loads(json.dumps(plan.to_dict()))
+    assert again["cycles_per_image"] == plan.cycles and again["frames_per_second"] == 250e6 / plan.cycles
+    assert [r["name"] for r in again["rows"]] == [n.name for n in small()]
+    assert again["rows"][1]["folding"]["pe"] == plan.rows[1].folding.pe
+
+
+def test_totals_are_the_sum_of_the_rows() -> None:
+    plan = estimate(residual(4, 8, 2), "xczu3eg")
+    for r in RESOURCES:
+        assert getattr(plan.total, r) == sum(getattr(row.cost, r) for row in plan.rows)
+    assert plan.bottleneck == max(plan.rows, key=lambda row: row.cost.cycles).name
+
+
+@pytest.mark.parametrize(("options", "message"), [({"fps": 0}, "must be positive"), ({"clock_mhz": -1.0}, "must be positive")])
+def test_bad_arguments(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate(small(), **options)  # type: ignore[arg-type]
+    with pytest.raises(LookupError, match="no part or board"):
+        estimate(small(), "virtex")
