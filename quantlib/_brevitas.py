@@ -134,9 +134,9 @@ def _bias(g: Lowering, module: Any) -> np.ndarray:
             return module.bias.detach().double().numpy()
         quant = g.quant_argument()
         if quant is None and _enabled(module.input_quant):
-            quant = module.input_quant(torch.zeros(1, *[1] * 3, dtype=torch.float64))
+            quant = module.input_quant(torch.zeros(1, *[1] * (module.weight.dim() - 1), dtype=torch.float64))
         if quant is not None:
-            quant = quant._replace(value=torch.zeros((), dtype=torch.float64))
+            quant = quant._replace(value=torch.zeros(1, *[1] * (module.weight.dim() - 1), dtype=torch.float64))
         return value_of(module.bias_quant(module.bias, quant, module.quant_weight())).detach().double().reshape(-1).numpy()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantlib.capture import Batch, Call, Ref, fill, function_name, refs, walk
+from quantlib.capture import Batch, Call, Ref, fill, refs, walk
 from quantlib.tails import ConversionError, Edge, Map, Move, RealInput, Value
 
 if TYPE_CHECKING:
@@ -43,17 +43,9 @@ REARRANGE = {
 }  # fmt: skip
 
 
-def short_name(target: Any) -> str:
-    """The bare name of a torch function: Tensor.__iadd__ -> iadd, relu_ -> relu, Tensor.T.__get__ -> T."""
-    name = function_name(target)
-    bits = name.split(".")
-    last = bits[-2] if bits[-1] == "__get__" else bits[-1]
-    return last.strip("_")
-
-
 def lower_function(g: Lowering, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Lower a recorded torch function; args and kwargs hold Values in the place of tensors."""
-    name = short_name(call.target)
+    name = call.name
     if name in IDENTITY:
         return args[0]
     if name in ELEMENTWISE:

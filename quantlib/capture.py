@@ -55,7 +55,10 @@ class Call:
 
     @property
     def name(self) -> str:
-        return self.path or function_name(self.target)
+        """The module's dotted path (its class name where the model itself is the layer), or the bare name of the function."""
+        if isinstance(self.target, nn.Module):
+            return self.path or type(self.target).__name__
+        return short_name(self.target)
 
     def __str__(self) -> str:
         where = f" at {self.line}" if self.line else ""
@@ -91,6 +94,12 @@ class Record:
 def function_name(target: Any) -> str:
     name = resolve_name(target) if callable(target) and not isinstance(target, nn.Module) else None
     return name or getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)
+
+
+def short_name(target: Any) -> str:
+    """The bare name of a torch function: Tensor.__iadd__ -> iadd, relu_ -> relu, Tensor.T.__get__ -> T."""
+    bits = function_name(target).split(".")
+    return (bits[-2] if bits[-1] == "__get__" else bits[-1]).strip("_")
 
 
 # ---------------------------------------------------------------- nested structures

@@ -53,7 +53,7 @@ class Lowering:
         """Where we are in the user's model, for messages."""
         if self.call is None:
             return "the model"
-        return self.call.path or f"{_torch.short_name(self.call.target)} at {self.call.line}"
+        return self.call.name if isinstance(self.call.target, nn.Module) else f"{self.call.name} at {self.call.line}"
 
     def value(self, index: int) -> Value:
         return self.env[index]  # type: ignore[no-any-return]
@@ -76,8 +76,7 @@ class Lowering:
     # -------------------------------------------------------- nodes
 
     def _name(self, op: ops.Op) -> str:
-        base = (self.call.path or _torch.short_name(self.call.target)) if self.call is not None else "output"
-        base = base or type(self.record.model).__name__
+        base = self.call.name if self.call is not None else "output"
         kind = type(op).__name__.lower()
         name, k = (base, 1) if base not in self.nodes and base != "input" else (f"{base}.{kind}", 1)
         while name in self.nodes:
@@ -195,10 +194,11 @@ class Lowering:
         known = (y, constant.numpy()) if isinstance(y, Edge) else None
         return Map(add, (y,), self.path, affine=True, shift=known)
 
-    def quantize(self, fn: Callable[[Tensor], Tensor], x: Value, grid: Grid, monotone: bool = True, uniform: bool | None = None) -> Edge:
-        """fn maps real values onto `grid`, non-decreasing: the tail rule turns everything between x's integer edges and here into one op."""
-        if uniform is None:
-            uniform = np.asarray(grid.scale).size == 1
+    def quantize(self, fn: Callable[[Tensor], Tensor], x: Value, grid: Grid, monotone: bool = True, uniform: bool = False) -> Edge:
+        """fn maps real values onto `grid`, non-decreasing: the tail rule turns everything between x's integer edges and here into one op.
+
+        uniform declares that fn has no per-channel constants; pools and reshapes in front of it then move behind it whatever they do to channels.
+        """
         return tails.settle(self, Map(fn, (x,), self.path, monotone, uniform=uniform, pre=lambda t: t), grid)
 
     def sum(self, x: Value, y: Value) -> Value:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ENUMERATE = 4096  # integers of an interval that are always run one by one
 FEW_LEVELS = 31  # up to here a quantizer's output is stored as thresholds; above, a proven multiply-shift is preferred
 TABLE_LIMIT = 1 << 22  # entries of the largest table that is worth storing
-REQUANT_LIMIT = 1 << 20  # integers of the widest interval over which a multiply-shift is proven one by one
+PROBE_LIMIT = 1 << 25  # (integer, channel) pairs over which a multiply-shift is proven one by one
 
 
 class ConversionError(ValueError):
@@ -352,10 +352,10 @@ def _pull_move(g: Lowering, move: Move, args: list[Value], edges: list[Edge]) ->
 # ---------------------------------------------------------------- codes
 
 
-def codes_of(value: Map, env: Mapping[object, Tensor], grid: Grid, before: bool = False) -> np.ndarray:
-    """Integer codes (P, C) that the expression gives on real inputs; with before, real values in units of the grid's scale."""
+def codes_of(value: Map, env: Mapping[object, Tensor], grid: Grid, before: bool = False, narrow: bool = False) -> np.ndarray:
+    """Integer codes (P, C) that the expression gives on real inputs; with before, real values in units of the grid's scale; narrow: C is 1."""
     real = evaluate(value, env, before)
-    channels = value.shape[0]
+    channels = 1 if narrow else value.shape[0]
     real = real.reshape(real.shape[0], -1)
     if real.shape[1] not in (1, channels):
         raise ConversionError(f"{value.label}: an elementwise step has constants that change inside a channel; only per-channel constants can be folded")
@@ -374,9 +374,10 @@ def codes_of(value: Map, env: Mapping[object, Tensor], grid: Grid, before: bool 
     return n
 
 
-def real_of(edge: Edge, n: np.ndarray) -> Tensor:
-    """fl(scale * n) of integers (P, C) or (P, 1), in the reduced layout."""
-    return layout(edge.shape, np.broadcast_to(n, (len(n), edge.shape[0])) * _scale(edge))
+def real_of(edge: Edge, n: np.ndarray, narrow: bool = False) -> Tensor:
+    """fl(scale * n) of integers (P, C) or (P, 1), in the reduced layout; narrow: one channel stands for all."""
+    scale = _scale(edge)[:1] if narrow else _scale(edge)
+    return layout(edge.shape, n * scale)
 
 
 def integers(t: IntType) -> np.ndarray:
@@ -408,20 +409,27 @@ def tail(g: Lowering, value: Map, edges: list[Edge], grid: Grid) -> Edge:
 def _enumerated(value: Map, edge: Edge, grid: Grid) -> ops.Op:
     """Every integer of the interval, one by one."""
     t = edge.type
-    if t.levels > REQUANT_LIMIT:
+    narrow = every(value, "uniform") and np.asarray(t.scale).size == 1 and np.asarray(grid.scale).size == 1
+    channels = 1 if narrow else t.shape[0]
+    if t.levels * channels > PROBE_LIMIT:
         raise ConversionError(
             f"{value.label}: {grid.levels} output levels on an accumulator of {t.levels} integers ({t}); use fewer output bits, or a FixedPoint step in between"
         )
     n = integers(t)
-    chunk = max(1, (1 << 22) // t.shape[0])
-    codes = np.concatenate([codes_of(value, {edge.name: real_of(edge, part[:, None])}, grid) for part in np.array_split(n, -(-len(n) // chunk))])
+
+    def probe(before: bool) -> np.ndarray:
+        """(P, C), or (P, 1) where all channels share one function."""
+        pieces = np.array_split(n, -(-len(n) * channels // (1 << 22)))
+        return np.concatenate([codes_of(value, {edge.name: real_of(edge, p[:, None], narrow)}, grid, before, narrow) for p in pieces])
+
+    codes = probe(before=False)
     difference = np.diff(codes, axis=0)
     rising, falling = (difference >= 0).all(0), (difference <= 0).all(0)
     is_monotone = bool((rising | falling).all())
     if grid.levels - 1 <= FEW_LEVELS and is_monotone:
         return _thresholds_op(*compress(*_thresholds(codes, n, rising, grid, t)), grid)
-    if is_monotone and grid.step == 1:
-        op = _requant(value, edge, n, codes, grid)
+    if grid.step == 1 and grid.levels - 1 > FEW_LEVELS:
+        op = _requant(n, codes, probe(before=True), grid) if value.pre is not None and len(n) > 2 else None
         if op is not None:
             return op
     if is_monotone and grid.levels - 1 <= 255 and grid.levels < len(n):
@@ -489,38 +497,46 @@ def _line(n: np.ndarray, codes: np.ndarray, slope: np.ndarray, grid: Grid, use: 
     span = int(np.abs(n).max(initial=1)).bit_length()
     steepest = float(np.abs(slope).max(initial=0.0))
     few = np.unique(np.linspace(0, len(n) - 1, min(len(n), 1024)).astype(np.int64))
-    for shift in range(0, 41):
-        if steepest * 2.0**shift >= 2.0 ** (62 - span) or (steepest + max(abs(grid.lo), abs(grid.hi)) + 2) * 2.0**shift >= 2.0**62:
-            return None
+
+    def bounds(shift: int, rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         mul = np.rint(slope * 2.0**shift).astype(np.int64)
+        product = n[rows, None] * mul
+        at_least = np.where(use[rows] & ~bottom[rows], (codes[rows] << shift) - product, -(2**62)).max(0)
+        at_most = np.where(use[rows] & ~top[rows], ((codes[rows] + 1) << shift) - 1 - product, 2**62).min(0)
+        return mul, at_least, at_most
 
-        def bounds(rows: Any, mul: np.ndarray = mul, shift: int = shift) -> tuple[np.ndarray, np.ndarray]:
-            product = n[rows, None] * mul
-            at_least = np.where(use[rows] & ~bottom[rows], (codes[rows] << shift) - product, -(2**62)).max(0)
-            at_most = np.where(use[rows] & ~top[rows], ((codes[rows] + 1) << shift) - 1 - product, 2**62).min(0)
-            return at_least, at_most
+    def fits(shift: int) -> bool:
+        return steepest * 2.0**shift < 2.0 ** (62 - span) and (steepest + max(abs(grid.lo), abs(grid.hi)) + 2) * 2.0**shift < 2.0**62
 
-        low, high = bounds(few)
-        if (low > high).any():
+    def works(shift: int, rows: Any) -> bool:
+        _, low, high = bounds(shift, rows)
+        return bool((low <= high).all())
+
+    # the smallest shift that suits a sample of the points, by bisection (almost monotone), then upwards until it suits them all
+    below, above = -1, 40
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (below, middle) if not fits(middle) or works(middle, few) else (middle, above)
+    for shift in range(above, 41):
+        if not fits(shift):
+            return None
+        if not works(shift, few) or not works(shift, slice(None)):
             continue
-        low, high = bounds(slice(None))
-        if (low <= high).all():
-            free_low, free_high = low == -(2**62), high == 2**62
-            middle = low + (high - low) // 2
-            add = np.where(free_low & free_high, 0, np.where(free_low, high, np.where(free_high, low, middle)))
-            return mul, add, shift
+        mul, low, high = bounds(shift, slice(None))
+        free_low, free_high = low == -(2**62), high == 2**62
+        add = np.where(free_low & free_high, 0, np.where(free_low, high, np.where(free_high, low, low + (high - low) // 2)))
+        return mul, add, shift
     return None
 
 
-def _requant(value: Map, edge: Edge, n: np.ndarray, codes: np.ndarray, grid: Grid) -> ops.Op | None:
-    """A multiply-shift, of one line or of two with a kink, that gives exactly `codes`; None where there is none."""
-    if value.pre is None or len(n) < 3:
-        return None
-    real = codes_of(value, {edge.name: real_of(edge, n[:, None])}, grid, before=True)
-    steps = np.diff(real, axis=0) / edge.type.step
+def _requant(n: np.ndarray, codes: np.ndarray, real: np.ndarray, grid: Grid) -> ops.Op | None:
+    """A multiply-shift, of one line or of two with a kink, that gives exactly `codes`; None where there is none. n (P,); codes, real (P, C)."""
+    step = int(n[1] - n[0])
+    grid = Grid(max(grid.lo, int(codes.min())), min(grid.hi, int(codes.max())), grid.scale)  # the clamp may be as tight as the codes
+    steps = np.diff(real, axis=0) / step
     size = np.abs(steps).max(0) + 1e-300
     left, right = real[1] - real[0], real[-1] - real[-2]
-    left, right = left / edge.type.step, right / edge.type.step
+    left, right = left / step, right / step
     bent = np.abs(steps - left) > 1e-6 * size
     first = np.where(bent.any(0), bent.argmax(0), len(n))  # the interval that holds the kink, per channel
     # long lines: the slope over the whole straight part is more precise than one difference

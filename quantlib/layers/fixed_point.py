@@ -53,7 +53,7 @@ class FixedPoint(Layer, nn.Module):
         return fixed_point(x, self.bits, self.fraction, self.rounding, self.saturation)
 
     def lower(self, g: Any, x: Any) -> Any:
-        return g.quantize(self, x, self.grid, monotone=self.saturation)
+        return g.quantize(self, x, self.grid, monotone=self.saturation, uniform=True)
 
     def R(self, v: Tensor, shift: int) -> Tensor:
         """v / 2^shift rounded and brought into the word, on integer tensors; shift 0 only saturates (or wraps)."""
