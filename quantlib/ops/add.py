@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from quantlib.cost import Cost, adder, loop
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, each
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import lattice, stride_of
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -41,7 +40,8 @@ class Add(Op):
         return x[0].magnitude + x[1].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe channels per cycle; iterations per image H*W*C/pe."""
+        return each(self, "add.hpp", (), x, y, folding.pe, self.magnitude(*x), ())
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """One adder per lane."""

@@ -10,13 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, adder, count, loop, memory, table, words
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Table, by_part, each
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect, same_channels
 from quantlib.ops._lattice import check_narrow, check_rows, check_sign, count_reached, narrow_index, set_narrow, signed
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -71,7 +70,15 @@ class AffineJoin(Op):
         return max(*(t.magnitude for t in x), sums, int(np.abs(self.thresholds).max()), abs(self.lo), abs(self.hi), self.hi - self.lo)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe channels per cycle of every input; iterations per image H*W*C/pe."""
+        digits = ", ".join(f"ql::Digit<{n}, {low}, {step}>" for n, low, step in zip(self.sizes, self.lows, self.steps, strict=True))
+        tables = (
+            Table("offset", lambda: by_part(self.offset, y.shape[0], folding.pe)),
+            Table("thresholds", lambda: by_part(self.thresholds, y.shape[0], folding.pe)),
+            Table("sign", lambda: by_part(self.sign, y.shape[0], folding.pe)),
+        )
+        args = (self.shift, self.lo, self.step, f"ql::Digits<{digits}>")
+        return each(self, "affine_join.hpp", args, x, y, folding.pe, self.magnitude(*x), tables)
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """Per lane a memory with the offset of every narrow code, one sum, and the compares."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quantlib.cost import Cost, loop
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Kernel, divides, pixels, port
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import carry_scale, lattice, stride_of
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -42,8 +43,22 @@ class Concat(Op):
     def magnitude(self, *x: IntType) -> int:
         return max(t.magnitude for t in x)
 
+    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
+        return math.gcd(*(t.shape[0] for t in x)), 1
+
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe channels per cycle, pe dividing every input's channels: H*W * (sum C_i)/pe iterations per image."""
+        pe, places = divides(self, "pe", folding.pe, self.folds(x, y)[0]), pixels(y)
+        parts = [t.shape[0] // pe for t in x]
+
+        def demand() -> tuple[np.ndarray, ...]:
+            owner = np.tile(np.repeat(np.arange(len(parts)), parts), places)
+            return tuple(np.cumsum(owner == i) for i in range(len(parts)))
+
+        args = (places, f"ql::Parts<{', '.join(map(str, parts))}>")
+        return Call(
+            (Kernel("", "concat.hpp", "ql::concat", args, tuple(port(t, pe) for t in x), port(y, pe), places * sum(parts), demand),)
+        )
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """Words are taken from one input after the other, pixel by pixel."""

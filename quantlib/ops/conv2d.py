@@ -10,14 +10,15 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, mac, memory, window, words
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Kernel, Table, carrier, divides, port
+from quantlib.hls.matvec import fold_weight, matvec
+from quantlib.hls.window import Window
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect
 from quantlib.ops._lattice import lattice, stride_of, tensor_scale
 from quantlib.ops._window import check_window, conv2d, out_shape, pair, quad
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -64,8 +65,37 @@ class Conv2d(Op):
             x[0].magnitude,
         )
 
+    @property
+    def depthwise(self) -> bool:
+        """Every channel is a group of its own with one output."""
+        return self.weight.shape[1] == 1 and self.weight.shape[0] == self.groups
+
+    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
+        return (self.groups, 1) if self.depthwise else (self.weight.shape[0] // self.groups, self.weight.shape[1])
+
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """Window, then pe outputs x simd inputs per cycle: OH*OW * (O/pe) * (kh*kw*(I/groups)/simd) iterations per image; pe divides O/groups, simd I/groups.
+
+        Depthwise (I/groups = 1, O = groups): pe channels per cycle, OH*OW * (C/pe) * kh*kw. A 1x1 kernel with stride 1 and no padding has no window.
+        """
+        o, per_group, kh, kw = self.weight.shape
+        limits = self.folds(x, y)
+        pe, simd = divides(self, "pe", folding.pe, limits[0]), divides(self, "simd", folding.simd, limits[1])
+        lanes, groups = (pe, o // pe) if self.depthwise else (simd, self.groups)
+        window = Window(x[0], lanes, groups, (kh, kw), self.stride, self.padding, self.dilation, y.shape[1:])
+        taps, places, number = kh * kw, y.shape[1] * y.shape[2], carrier(self.magnitude(*x))
+        if self.depthwise:
+            words = places * groups
+            table = Table("weight", lambda: self.weight.reshape(groups, pe, taps).transpose(0, 2, 1).reshape(groups * taps, pe))
+            products = Kernel("", "conv2d.hpp", "ql::depthwise", (number, words, groups, taps), (window.stage().output,), port(y, pe),
+                              words * taps, lambda: (taps * np.arange(1, words + 1),), (table,))  # fmt: skip
+        else:
+            table = Table("weight", lambda: fold_weight(self.weight, self.groups, pe, simd))
+            products = matvec(
+                number, places, self.groups, o // self.groups // pe, taps * per_group // simd, window.stage().output, port(y, pe), (table,)
+            )
+        plain = (kh, kw) == (1, 1) == self.stride and not any(self.padding)
+        return Call((products,) if plain else (window.stage(), products))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """The windows of the image, and a matrix-vector unit of pe x simd products that keeps one window while it makes all outputs of it.

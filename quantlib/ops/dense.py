@@ -10,13 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, mac, memory, words
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Table, carrier, divides, port, stream_order
+from quantlib.hls.matvec import matvec
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect
 from quantlib.ops.conv2d import sum_type
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -52,8 +52,22 @@ class Dense(Op):
     def magnitude(self, *x: IntType) -> int:
         return max(int(np.abs(self.weight).sum(1).max()) * x[0].magnitude, int(np.abs(self.weight).max()), x[0].magnitude)
 
+    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
+        return self.weight.shape
+
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe outputs x simd inputs per cycle, inputs in stream order (H, W, C): (O/pe) * (K/simd) iterations per image; pe divides O, simd K."""
+        o, k = self.weight.shape
+        pe, simd = divides(self, "pe", folding.pe, o), divides(self, "simd", folding.simd, k)
+
+        def weight() -> np.ndarray:
+            columns = self.weight[:, stream_order(np.arange(k).reshape(x[0].shape))]
+            return columns.reshape(o // pe, pe, k // simd, simd).transpose(0, 2, 1, 3).reshape(-1, pe, simd)
+
+        kernel = matvec(
+            carrier(self.magnitude(*x)), 1, 1, o // pe, k // simd, port(x[0], simd), port(y, pe), (Table("weight", weight),), "dense.hpp"
+        )
+        return Call((kernel,))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """A matrix-vector unit of pe x simd products behind a buffer of the input, which every group of outputs reads again."""

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from quantlib.cost import Cost, adder, compare, loop, memory, table, window, words, xnor_popcount
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Table, carrier, divides, port
+from quantlib.hls.matvec import fold_weight, matvec
+from quantlib.hls.window import Window
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect, floor_shift, per_channel
 from quantlib.ops._lattice import tensor_scale
 from quantlib.ops._window import check_window, conv2d, out_shape, pair, quad
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -118,8 +119,25 @@ class FractionalConv2d(Op):
     def magnitude(self, *x: IntType) -> int:
         return max(3 * self.taps, int(np.abs(self.gate).max()), 0 if self.merge is None else self.merge.magnitude(self.taps))
 
+    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
+        return self.weight.shape[0] // self.groups, self.weight.shape[1]
+
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """Window, then pe outputs x simd inputs per cycle: OH*OW * (O/pe) * (kh*kw*(I/groups)/simd) iterations per image; pe divides O/groups, simd I/groups."""
+        o, per_group, kh, kw = self.weight.shape
+        limits = self.folds(x, y)
+        pe, simd = divides(self, "pe", folding.pe, limits[0]), divides(self, "simd", folding.simd, limits[1])
+        window = Window(x[0], simd, self.groups, (kh, kw), self.stride, self.padding, (1, 1), y.shape[1:])
+        tables = (
+            Table("weight", lambda: fold_weight(self.weight, self.groups, pe, simd)),
+            Table("gate", lambda: np.clip(self.gate, -self.taps, self.taps + 1).reshape(o // pe, pe)),
+        )
+        m = self.merge
+        merge = "ql::PlainMerge" if m is None else f"ql::FixedMerge<{m.msb}, {m.lsb}, {m.fraction_in}, {m.shift}, {m.lo}, {m.hi}>"
+        products = matvec(carrier(self.magnitude(*x)), y.shape[1] * y.shape[2], self.groups, o // self.groups // pe, kh * kw * per_group // simd,
+                          window.stage().output, port(y, pe), tables, "fractional_conv2d.hpp", "ql::gated_matvec", (merge,))  # fmt: skip
+        plain = (kh, kw) == (1, 1) == self.stride and not any(self.padding)
+        return Call((products,) if plain else (window.stage(), products))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """Two XNOR-popcounts (the planes m and l) per pe and cycle over one weight memory, a compare with the gate, a sum.

@@ -10,13 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, count, loop, memory, words
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Table, by_part, each
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect, same_channels
 from quantlib.ops._lattice import check_narrow, check_rows, count_reached_at, narrow_index, set_narrow, signed
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -77,7 +76,13 @@ class Join(Op):
         return max(*(t.magnitude for t in x), int(np.abs(self.thresholds).max()), abs(self.lo), abs(self.hi), self.hi - self.lo)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe channels per cycle of every input; iterations per image H*W*C/pe."""
+        digits = ", ".join(f"ql::Digit<{n}, {low}, {step}>" for n, low, step in zip(self.sizes, self.lows, self.steps, strict=True))
+        tables = (
+            Table("thresholds", lambda: by_part(self.thresholds, y.shape[0], folding.pe)),
+            Table("sign", lambda: by_part(self.sign, y.shape[0], folding.pe)),
+        )
+        return each(self, "join.hpp", (self.lo, self.step, f"ql::Digits<{digits}>"), x, y, folding.pe, self.magnitude(*x), tables)
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """Per lane a memory with the thresholds of every narrow code, and the compares."""

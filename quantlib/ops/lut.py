@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from quantlib.cost import Cost, loop, memory
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Table, by_part, each
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect, same_channels
 from quantlib.ops._lattice import stride_of
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -68,7 +67,9 @@ class Lut(Op):
         return max(x[0].magnitude, int(np.abs(self.table).max()))
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe channels per cycle; iterations per image H*W*C/pe. The table is spread to step 1, so that the index is a difference."""
+        table = Table("table", lambda: by_part(np.repeat(self.table, self.step_in, 1), y.shape[0], folding.pe))
+        return each(self, "lut.hpp", (self.lo_in,), x, y, folding.pe, self.magnitude(*x) + abs(self.lo_in), (table,))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """pe table look-ups per cycle, the tables of a lane's channels in one memory."""

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantlib.cost import Cost, compare, loop, window
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call
+from quantlib.hls.pool import pool_call
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import channel_scale
 from quantlib.ops._window import check_window, out_shape, out_size, pad_value, pair, quad, taps_inside
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -75,7 +75,18 @@ class MaxPool(Op):
         return x[0].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """Window, then pe channels of one tap per cycle: OH*OW * (C/pe) * kh*kw iterations per image; a window that is the whole map needs H*W*C/pe."""
+        return pool_call(
+            self,
+            "max_pool.hpp",
+            "ql::Max",
+            x[0],
+            y,
+            folding.pe,
+            (self.kernel, self.stride, self.padding, self.dilation),
+            x[0].lo,
+            x[0].magnitude,
+        )
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """A compare per lane for one tap per cycle, behind the windows of the image."""

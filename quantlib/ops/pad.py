@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 from quantlib.cost import Cost, loop
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Kernel, divides, port
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import lattice, stride_of, tensor_scale
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -55,8 +56,23 @@ class Pad(Op):
     def magnitude(self, *x: IntType) -> int:
         return x[0].magnitude
 
+    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
+        return math.gcd(x[0].shape[0], self.before[0], self.after[0]), 1
+
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe channels per cycle of the output, pe dividing the channels and the zero channels: OH*OW*C'/pe iterations per image."""
+        pe = divides(self, "pe", folding.pe, self.folds(x, y)[0])
+        (c, h, w), (_, oh, ow) = x[0].shape, y.shape
+        before, parts, after = self.before[0] // pe, c // pe, self.after[0] // pe
+
+        def demand() -> tuple[np.ndarray]:
+            inside = np.zeros((oh, ow, before + parts + after), dtype=np.int64)
+            inside[self.before[1] : self.before[1] + h, self.before[2] : self.before[2] + w, before : before + parts] = 1
+            return (np.cumsum(inside),)
+
+        args = (h, w, parts, before, after, self.before[1], self.before[2], oh, ow)
+        words = oh * ow * (before + parts + after)
+        return Call((Kernel("", "pad.hpp", "ql::pad", args, (port(x[0], pe),), port(y, pe), words, demand),))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """One word out per cycle, zeros or those of the input."""

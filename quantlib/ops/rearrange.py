@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from quantlib.cost import Cost, loop, memory
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call
+from quantlib.hls.reorder import rearrange
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import carry_scale
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -49,7 +49,8 @@ class Rearrange(Op):
         return x[0].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """Reads the map, then writes it: numel(x)/li + numel(y)/pe iterations per image, li the largest divisor of the input's channels up to pe."""
+        return Call((rearrange(self, x[0], y, self.index.reshape(-1), folding.pe),))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """The whole map is stored twice (one is written while the other is read) beside the table of addresses."""

@@ -10,12 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, adder, compare, loop, multiply, table, words
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Table, by_part, each
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect, floor_shift, per_channel, same_channels
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -71,7 +70,15 @@ class Requant(Op):
         return most
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe channels per cycle; iterations per image H*W*C/pe."""
+
+        def factors() -> np.ndarray:
+            values = list(self.constants.values())
+            channels = max(len(v) for v in values)
+            return by_part(np.stack([np.broadcast_to(v, (channels,)) for v in values], 1), y.shape[0], folding.pe)
+
+        args = (self.shift, self.lo, self.hi, self.kink is not None)
+        return each(self, "requant.hpp", args, x, y, folding.pe, self.magnitude(*x), (Table("factors", factors),))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """Per lane a product, a sum, a shift by a constant (free) and two compares for the clamp; a kink adds one compare and wider tables."""

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Kernel, Port, ctype, divides, every_word, port, stream_order
+from quantlib.hls.reorder import rearrange
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import carry_scale
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -45,7 +46,17 @@ class Reshape(Op):
         return x[0].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """Passes where pixel-by-pixel order stays the same: numel/pe iterations per image; else as Rearrange."""
+        index = np.arange(y.numel)
+        if x[0].shape[0] != y.shape[0] and not np.array_equal(
+            stream_order(index.reshape(x[0].shape)), stream_order(index.reshape(y.shape))
+        ):
+            return Call((rearrange(self, x[0], y, index, folding.pe),))
+        pe = divides(self, "pe", folding.pe, y.shape[0])
+        words = y.numel // pe
+        return Call(
+            (Kernel("", "reshape.hpp", "ql::pass", (words,), (Port(ctype(x[0]), pe, words),), port(y, pe), words, every_word(words)),)
+        )
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """Only the counters of the stages around it change."""

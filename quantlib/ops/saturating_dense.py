@@ -10,13 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, adder, compare, loop, memory, multiply, words
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Kernel, Table, carrier, divides, port
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect, floor_shift
 from quantlib.ops._lattice import tensor_scale
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -72,7 +71,16 @@ class SaturatingDense(Op):
         return max(product, product + max(abs(self.lo), abs(self.hi)), x[0].magnitude)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe outputs x 1 input per cycle, because the order counts: (O/pe) * K iterations per image."""
+        o, k = self.weight.shape
+        pe = divides(self, "pe", folding.pe, o)
+        tables = (
+            Table("weight", lambda: self.weight.reshape(o // pe, pe, k).transpose(0, 2, 1).reshape(-1, pe)),
+            Table("bias", lambda: self.bias.reshape(o // pe, pe)),
+        )
+        args = (carrier(self.magnitude(*x)), o // pe, k, self.shift, self.lo, self.hi)
+        return Call((Kernel("", "saturating_dense.hpp", "ql::saturating_dense", args, (port(x[0], 1),), port(y, pe), o // pe * k,
+                            lambda: (np.full(o // pe, k),), tables),))  # fmt: skip
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """One product, rounding, sum and clamp per pe and cycle, in the order of k."""

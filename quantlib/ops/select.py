@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from quantlib.cost import Cost, loop, memory
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Kernel, Table, divides, lanes_up_to, pixels, port
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import carry_scale
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -49,7 +48,17 @@ class Select(Op):
         return x[0].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """Writes a pixel while it reads the next: (H*W + 1) * max(C/li, C'/pe) iterations per image, li the largest divisor of C up to pe."""
+        pe, li, places = divides(self, "pe", folding.pe, y.shape[0]), lanes_up_to(folding.pe, x[0].shape[0]), pixels(y)
+        words_in, words_out = x[0].shape[0] // li, y.shape[0] // pe
+
+        def demand() -> tuple[np.ndarray]:
+            n, at = np.divmod(np.arange(places * words_out), words_out)
+            return (np.minimum((n + 1) * words_in + np.minimum(at, words_in), places * words_in),)
+
+        table = Table("channels", lambda: self.channels.reshape(words_out, pe))
+        return Call((Kernel("", "select.hpp", "ql::select", (places, words_in, words_out), (port(x[0], li),), port(y, pe),
+                            (places + 1) * max(words_in, words_out), demand, (table,)),))  # fmt: skip
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """The channels of a pixel are stored twice (one is written while the other is read) and picked by number."""

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, loop
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Kernel, divides, port
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import carry_scale
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -51,7 +51,16 @@ class Slice2d(Op):
         return x[0].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe channels per cycle of the input: H*W*C/pe iterations per image."""
+        c, h, w = x[0].shape
+        pe = divides(self, "pe", folding.pe, c)
+
+        def demand() -> tuple[np.ndarray]:
+            number = np.arange(1, h * w * (c // pe) + 1).reshape(h, w, c // pe)
+            return (number[slice(*self.rows), slice(*self.cols)].reshape(-1),)
+
+        return Call((Kernel("", "slice2d.hpp", "ql::slice2d", (h, w, c // pe, *self.rows, *self.cols), (port(x[0], pe),), port(y, pe),
+                            h * w * (c // pe), demand),))  # fmt: skip
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """Words outside the slice are read and dropped."""

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from quantlib.cost import Cost, adder, loop, memory, window
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call
+from quantlib.hls.pool import pool_call
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import channel_scale, lattice, stride_of
 from quantlib.ops._window import check_window, out_shape, pad_value, pair, quad, taps_inside
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -66,7 +66,10 @@ class SumPool(Op):
         return self.kernel[0] * self.kernel[1] * x[0].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """Window, then pe channels of one tap per cycle: OH*OW * (C/pe) * kh*kw iterations per image; a window that is the whole map needs H*W*C/pe."""
+        return pool_call(
+            self, "sum_pool.hpp", "ql::Sum", x[0], y, folding.pe, (self.kernel, self.stride, self.padding, (1, 1)), 0, self.magnitude(*x)
+        )
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """An adder per lane for one tap per cycle, behind the windows of the image; over the whole map one running sum per channel instead."""

@@ -10,13 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, compare, loop, table, words
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Kernel, Table, carrier, divides, pixels, port
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect, same_channels
 from quantlib.ops._lattice import check_rows, tensor_scale
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -54,7 +53,18 @@ class Thermometer(Op):
         return max(x[0].magnitude, int(np.abs(self.thresholds).max()), 2)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe signs per cycle; iterations per image H*W*C*B/pe. All channels of a pixel enter in one word."""
+        channels, bits, places = x[0].shape[0], self.thresholds.shape[1], pixels(y)
+        pe = divides(self, "pe", folding.pe, y.shape[0])
+        parts = y.shape[0] // pe
+
+        def thresholds() -> np.ndarray:
+            return np.broadcast_to(self.thresholds, (channels, bits)).reshape(parts, pe)
+
+        tables = (Table("source", lambda: (np.arange(channels * bits) // bits).reshape(parts, pe)), Table("thresholds", thresholds))
+        args = (carrier(self.magnitude(*x)), places, parts)
+        return Call((Kernel("", "thermometer.hpp", "ql::thermometer", args, (port(x[0], channels),), port(y, pe), places * parts,
+                            lambda: (np.repeat(np.arange(1, places + 1), parts),), tables),))  # fmt: skip
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """One compare per output channel and lane."""

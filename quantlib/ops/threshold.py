@@ -10,13 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, count, loop, table, words
-from quantlib.ir import GraphError, IntType
+from quantlib.hls.call import Call, Table, by_part, each
+from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect, same_channels
 from quantlib.ops._lattice import check_rows, check_sign, count_reached, signed
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
-
     from quantlib.schedule import Folding
 
 
@@ -64,7 +63,12 @@ class Threshold(Op):
         return max(x[0].magnitude, int(np.abs(self.thresholds).max()), abs(self.lo), abs(self.hi), self.hi - self.lo)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        raise GraphError("no kernel yet")
+        """pe channels per cycle; iterations per image H*W*C/pe."""
+        tables = (
+            Table("thresholds", lambda: by_part(self.thresholds, y.shape[0], folding.pe)),
+            Table("sign", lambda: by_part(self.sign, y.shape[0], folding.pe)),
+        )
+        return each(self, "threshold.hpp", (self.lo, self.step), x, y, folding.pe, self.magnitude(*x), tables)
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """pe lanes, each with its compares or binary search; the thresholds of its channels lie in a memory per lane."""

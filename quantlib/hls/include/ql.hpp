@@ -1,0 +1,89 @@
+// What every kernel needs: the word of a stream, tables, and the marks the simulator reads.
+//
+// A kernel is a function template from streams to streams: one flattened loop of initiation interval 1, at most one read per input and one write
+// per output and iteration, blocking access only, no static data. Its first statement per iteration is QL_CYCLE().
+#pragma once
+#include <ap_int.h>
+#include <hls_stream.h>
+
+#include <cstdint>
+
+#ifndef QL_SIMULATION  // the vendor's headers: a stage is a call, a cycle is the tool's business
+#define QL_CYCLE()
+#define QL_STAGE(label, ...) __VA_ARGS__
+#define QL_RUN()
+#define QL_DEPTH(s, n)
+#endif
+
+// Tables are native integers in simulation and exact-width words in synthesis; the values are the same text.
+#ifdef __SYNTHESIS__
+#define QL_TABLE(native, exact) static const exact
+#else
+#define QL_TABLE(native, exact) static const native
+#endif
+
+// Leaf functions have a body for synthesis and a fast one; QL_SYNTHESIS_BODIES compiles the first in simulation.
+#if defined(__SYNTHESIS__) && !defined(QL_SYNTHESIS_BODIES)
+#define QL_SYNTHESIS_BODIES 1
+#endif
+
+namespace ql {
+
+// One word of a stream: N neighbouring channels of a pixel.
+template <typename T, unsigned N> struct Word {
+    T v[N];
+};
+
+template <unsigned A, unsigned B> struct Larger {
+    static const unsigned value = A > B ? A : B;
+};
+
+// sum of x[i] * w[i], computed in A
+template <typename A, typename T, typename W, unsigned N> inline A dot(const T (&x)[N], const W (&w)[N]) {
+#pragma HLS INLINE
+    A sum = 0;
+#ifdef QL_SYNTHESIS_BODIES
+    // signs and zeros select, they do not multiply
+dot:
+    for (unsigned i = 0; i < N; ++i) {
+#pragma HLS UNROLL
+        const A value = A(x[i]), weight = A(w[i]);
+        sum += weight == 1 ? value : weight == -1 ? A(-value) : weight == 0 ? A(0) : A(value * weight);
+    }
+#else
+    for (unsigned i = 0; i < N; ++i) sum += A(x[i]) * A(w[i]);
+#endif
+    return sum;
+}
+
+// number of thresholds t[0] <= t[1] <= ... that v reaches
+template <typename A, typename T, unsigned L> inline unsigned count(A v, const T (&t)[L]) {
+#pragma HLS INLINE
+    unsigned reached = 0;
+#ifdef QL_SYNTHESIS_BODIES
+    const bool few = L <= 15;
+#else
+    const bool few = L <= 31;
+#endif
+    if (few) {
+    compare:
+        for (unsigned k = 0; k < L; ++k) {
+#pragma HLS UNROLL
+            reached += v >= A(t[k]);
+        }
+    } else {
+        unsigned bit = 1;
+    widest:
+        while (2 * bit <= L) bit *= 2;
+    search:
+        for (; bit; bit /= 2) {
+#pragma HLS UNROLL
+            if (reached + bit <= L && v >= A(t[reached + bit - 1])) reached += bit;
+        }
+    }
+    return reached;
+}
+
+template <typename A> inline A clamp(A v, A lo, A hi) { return v < lo ? lo : v > hi ? hi : v; }
+
+}  // namespace ql
