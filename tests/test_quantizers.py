@@ -375,7 +375,10 @@ def test_activation_equals_stock_brevitas(layer: Any, ours: Any, stock: Any, opt
     a.load_state_dict(b.state_dict(), strict=True)
     b.load_state_dict(a.state_dict(), strict=True)
     x = torch.cat(
-        [8 * torch.randn(2, 4, 5, 5), (torch.arange(400).reshape(4, 4, 5, 5) - 200) * float(a(torch.zeros(1, 4, 1, 1)).scale.max()) / 4]
+        [
+            8 * torch.randn(2, 4, 5, 5),
+            (torch.arange(400).reshape(4, 4, 5, 5) - 200) * float(a(torch.zeros(1, 4, 1, 1)).scale.max().detach()) / 4,
+        ]
     )
     p, q = a(x), b(x)
     assert torch.equal(p.value, q.value) and torch.equal(p.scale, q.scale) and torch.equal(p.zero_point, q.zero_point)
