@@ -43,7 +43,7 @@ class Config:
 
 
 class CNV(nn.Module):
-    """The shape of FINN's CNV (59.5 M MAC) in 2-bit Brevitas layers: six 3x3 convolutions without padding, two pools, three dense layers."""
+    """The shape of FINN's CNV (59.5 M MAC) in 2-bit Brevitas layers: six unpadded 3x3 convolutions, two pools, three dense layers."""
 
     def __init__(self, bits: int = 2) -> None:
         super().__init__()

@@ -1,0 +1,36 @@
+"""The README's example runs as written, and its commands exist."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def readme(root):
+    return (root / "README.md").read_text()
+
+
+def test_the_example_is_short_and_runs(readme, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "tensor(True)" and "True" in lines
+    (percent,) = re.findall(r"([\d.]+) % in integers", done.stdout)
+    assert float(percent) > 90
+
+
+def test_make_targets_exist(readme, root):
+    makefile = (root / "Makefile").read_text()
+    commands = set(re.findall(r"^    make (\w+)", readme, re.MULTILINE))
+    assert commands == {"quickstart", "test"}
+    assert all(re.search(rf"^{c}:", makefile, re.MULTILINE) for c in commands)
+
+
+def test_every_registered_network_is_in_the_table(readme):
+    import zoo
+
+    assert set(re.findall(r"^\| `(\w+)`", readme, re.MULTILINE)) == set(zoo.names())
