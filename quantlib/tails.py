@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ENUMERATE = 4096  # integers of an interval that are always run one by one
 FEW_LEVELS = 31  # up to here a quantizer's output is stored as thresholds; above, a proven multiply-shift is preferred
 TABLE_LIMIT = 1 << 22  # entries of the largest table that is worth storing
+SOME_LEVELS = 1023  # up to here the thresholds of a wide interval are found by bisection before a multiply-shift is tried
+EVERY_LIMIT = 1 << 22  # (integer, channel) pairs up to which running every integer is cheaper than bisection
 PROBE_LIMIT = 1 << 25  # (integer, channel) pairs over which a multiply-shift is proven one by one
 
 
@@ -396,11 +398,9 @@ def tail(g: Lowering, value: Map, edges: list[Edge], grid: Grid) -> Edge:
     if len(edges) > 1:
         return join(g, value, edges, grid)
     (edge,) = edges
-    t = edge.type
-    if t.levels <= ENUMERATE or grid.levels - 1 > FEW_LEVELS:
-        op = _enumerated(value, edge, grid)
-    else:
-        op = _bisected(value, edge, grid)
+    t, levels = edge.type, grid.levels - 1
+    few = levels <= FEW_LEVELS or (levels <= SOME_LEVELS and t.levels * t.shape[0] > EVERY_LIMIT)
+    op = _bisected(value, edge, grid) if few and t.levels > ENUMERATE else _enumerated(value, edge, grid)
     out = g.add(op, edge, scale=grid.scale)
     g.tails[out.name] = (value, edge, grid)
     return out
@@ -481,8 +481,45 @@ def _bisected(value: Map, edge: Edge, grid: Grid) -> ops.Op:
         open_ = above - below > 1
         above = np.where(open_ & reached, middle, above)
         below = np.where(open_ & ~reached, middle, below)
+    if count > FEW_LEVELS and grid.step == 1 and value.pre is not None:
+        op = _requant_between(value, edge, above, sign, low_end, high_end, grid)
+        if op is not None:
+            return op
+    if count > FEW_LEVELS and above.size > TABLE_LIMIT:
+        raise ConversionError(f"{value.label}: no multiply-shift gives its {grid.levels} levels, and {above.size} thresholds are too many; use fewer output bits")
     thresholds, sign = compress(above, sign)
     return _thresholds_op(thresholds, sign, grid)
+
+
+def _requant_between(
+    value: Map, edge: Edge, thresholds: np.ndarray, sign: np.ndarray, low: np.ndarray, high: np.ndarray, grid: Grid
+) -> ops.Op | None:
+    """A multiply-shift that agrees at both sides of every threshold and at the ends; both functions are monotone, so it agrees everywhere."""
+    inside = np.clip(thresholds, low, high)
+    points = np.concatenate([np.broadcast_to(low, (len(sign), 1)), np.clip(inside - 1, low, high), inside, np.broadcast_to(high, (len(sign), 1))], axis=1)
+    n = (sign * points).T  # (P, C)
+    env = {edge.name: real_of(edge, n)}
+    codes, real = codes_of(value, env, grid), codes_of(value, env, grid, before=True)
+    tight = _tight(grid, codes)
+    first, last = points.argmin(1), points.argmax(1)  # ends, unless the code moves only in between
+    moves = (thresholds > low) & (thresholds <= high)
+    where = np.arange(thresholds.shape[1])
+    left = 1 + thresholds.shape[1] + np.where(moves.any(1), np.where(moves, where, 10**9).min(1), 0)
+    right = 1 + thresholds.shape[1] + np.where(moves.any(1), np.where(moves, where, -1).max(1), 0)
+    first, last = np.where(left < right, left, first), np.where(left < right, right, last)
+    columns = np.arange(len(sign))
+    run = n[last, columns] - n[first, columns]
+    slope = np.where(run != 0, (real[last, columns] - real[first, columns]) / np.where(run == 0, 1, run), 0.0)
+    line = _line(n, codes, slope, tight, np.ones_like(codes, dtype=bool))
+    if line is None:
+        return None
+    mul, add = (x[:, 0] for x in compress(line[0][:, None], line[1][:, None]))
+    return ops.Requant(mul, add, line[2], tight.lo, tight.hi)
+
+
+def _tight(grid: Grid, codes: np.ndarray) -> Grid:
+    """A clamp may be as tight as the codes that occur."""
+    return Grid(int(codes.min()), int(codes.max()), grid.scale)
 
 
 # ---------------------------------------------------------------- multiply-shift
@@ -491,7 +528,7 @@ def _bisected(value: Map, edge: Edge, grid: Grid) -> ops.Op:
 def _line(n: np.ndarray, codes: np.ndarray, slope: np.ndarray, grid: Grid, use: np.ndarray) -> tuple[np.ndarray, np.ndarray, int] | None:
     """mul, add (C,) and shift with clamp((n*mul + add) >> shift) == codes at every used point, or None. Proven by integer inequalities.
 
-    n (P,), codes (P, C), slope (C,) in codes per integer, use (P, C) bool. The smallest shift up to 40 that works for all channels is taken.
+    n (P, 1) or (P, C), codes (P, C), slope (C,) in codes per integer, use (P, C) bool. The smallest shift up to 40 that works for all channels is taken.
     """
     top, bottom = codes >= grid.hi, codes <= grid.lo
     span = int(np.abs(n).max(initial=1)).bit_length()
@@ -500,7 +537,7 @@ def _line(n: np.ndarray, codes: np.ndarray, slope: np.ndarray, grid: Grid, use: 
 
     def bounds(shift: int, rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         mul = np.rint(slope * 2.0**shift).astype(np.int64)
-        product = n[rows, None] * mul
+        product = n[rows] * mul
         at_least = np.where(use[rows] & ~bottom[rows], (codes[rows] << shift) - product, -(2**62)).max(0)
         at_most = np.where(use[rows] & ~top[rows], ((codes[rows] + 1) << shift) - 1 - product, 2**62).min(0)
         return mul, at_least, at_most
@@ -532,7 +569,7 @@ def _line(n: np.ndarray, codes: np.ndarray, slope: np.ndarray, grid: Grid, use: 
 def _requant(n: np.ndarray, codes: np.ndarray, real: np.ndarray, grid: Grid) -> ops.Op | None:
     """A multiply-shift, of one line or of two with a kink, that gives exactly `codes`; None where there is none. n (P,); codes, real (P, C)."""
     step = int(n[1] - n[0])
-    grid = Grid(max(grid.lo, int(codes.min())), min(grid.hi, int(codes.max())), grid.scale)  # the clamp may be as tight as the codes
+    grid = _tight(grid, codes)
     steps = np.diff(real, axis=0) / step
     size = np.abs(steps).max(0) + 1e-300
     left, right = real[1] - real[0], real[-1] - real[-2]
@@ -548,15 +585,15 @@ def _requant(n: np.ndarray, codes: np.ndarray, real: np.ndarray, grid: Grid) -> 
     right = np.where(start < len(n) - 1, (real[-1] - real[start, columns]) / np.maximum(n[-1] - n[start], 1), right)
     rows = np.arange(len(n))[:, None]
     if not kinked:
-        line = _line(n, codes, left, grid, np.ones_like(codes, dtype=bool))
+        line = _line(n[:, None], codes, left, grid, np.ones_like(codes, dtype=bool))
         if line is None:
             return None
         mul, add = (x[:, 0] for x in compress(line[0][:, None], line[1][:, None]))
         return ops.Requant(mul, add, line[2], grid.lo, grid.hi)
     upper = rows > first  # n >= kink uses the right line; channels without a kink use the left one everywhere
     kink = np.where(first < len(n) - 1, n[np.minimum(first + 1, len(n) - 1)], n[-1] + 1)
-    two = _line(n, codes, left, grid, ~upper)
-    one = _line(n, codes, right, grid, upper)
+    two = _line(n[:, None], codes, left, grid, ~upper)
+    one = _line(n[:, None], codes, right, grid, upper)
     if one is None or two is None:
         return None
     shift = max(one[2], two[2])
