@@ -208,7 +208,7 @@ class _Recorder(TorchFunctionMode):
 
     def bind(self, value: Tensor) -> Ref:
         index, self.count = self.count, self.count + 1
-        self.live[id(value)] = (index, value._version)
+        self.live[id(value)] = (index, self.version(value))
         self.keep.append(value)
         self.record.shapes[index] = tuple(value.shape)
         if self.values is not None:
@@ -216,6 +216,11 @@ class _Recorder(TorchFunctionMode):
             self.values.append(value.clone())
             self.inside -= 1
         return Ref(index)
+
+    def version(self, t: Tensor) -> int:
+        """How often t was written to; read past the recording, for it is no step of the model."""
+        with torch._C.DisableTorchFunction():
+            return t._version
 
     def tracked(self, t: Any) -> bool:
         return isinstance(t, Tensor) and id(t) in self.live
@@ -226,7 +231,7 @@ class _Recorder(TorchFunctionMode):
         if not self.tracked(value):
             return t
         index, version = self.live[id(value)]
-        if value._version != version:
+        if self.version(value) != version:
             raise CaptureError(
                 f"{what} reads a tensor that was written in place after it was made ({_user_line()}). A record cannot see such writes: "
                 "use an expression that makes a new tensor (torch.where, torch.cat, multiplication by a mask)."
@@ -240,7 +245,7 @@ class _Recorder(TorchFunctionMode):
         if not refs(spec):
             return run()
         tracked = [_brevitas.value_of(t) for t in _flatten((args, kwargs)) if self.tracked(_brevitas.value_of(t))]
-        versions = [t._version for t in tracked]
+        versions = [self.version(t) for t in tracked]
         self.inside += 1
         try:
             result = run()
@@ -251,7 +256,7 @@ class _Recorder(TorchFunctionMode):
             short = label.rsplit(".", 2)[-2]
         tensors = [t for t in _flatten(result) if isinstance(_brevitas.value_of(t), Tensor)]
         made = {id(_brevitas.value_of(t)) for t in tensors}
-        written = any(t._version != v and id(t) not in made for t, v in zip(tracked, versions, strict=True))
+        written = any(self.version(t) != v and id(t) not in made for t, v in zip(tracked, versions, strict=True))
         if written or short in ("__setitem__", "copy_", "index_put_", "masked_fill_") and not tensors:
             raise CaptureError(f"{label} writes into a tensor in place, which a record cannot hold ({_user_line()}); build a new tensor instead.")
         if not tensors:
