@@ -88,6 +88,7 @@ class LearnedScaleQuant(_TensorQuant):
     """The scale outlives load_state_dict, at which Brevitas builds `tensor_quant` anew: an optimizer made before goes on training it."""
 
     threshold: Tensor
+    scaling_impl: nn.Module
 
     def __init__(
         self, bit_width: int, signed: bool, narrow_range: bool, scaling_impl: nn.Module, scale_gradient: Gradient, proxy_module: nn.Module

@@ -68,7 +68,7 @@ def integers(conv: FractionalConv2d, n: np.ndarray) -> np.ndarray:
         first = o // (len(w) // conv.groups) * group
         window = np.s_[first : first + group, i * sh : i * sh + w.shape[2], j * sw : j * sw + w.shape[3]]
         high, rest = int((w[o] * m[window]).sum()), int((w[o] * low[window]).sum())
-        out[o, i, j] = 2 * high + (rest if 2 * high / 3 > float(conv.threshold[0, o, 0, 0]) else 0)
+        out[o, i, j] = 2 * high + (rest if 2 * high / 3 > float(conv.threshold.detach()[0, o, 0, 0]) else 0)
     return out
 
 
