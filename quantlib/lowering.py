@@ -177,7 +177,14 @@ class Lowering:
         return None
 
     def map(self, fn: Callable[..., Tensor], *args: Value, monotone: bool | np.ndarray = True, affine: bool = False, uniform: bool = False) -> Value:
-        return Map(fn, tuple(args), self.path, monotone, affine, uniform)
+        return Map(fn, self._spread(args), self.path, monotone, affine, uniform)
+
+    def _spread(self, args: tuple[Value, ...]) -> tuple[Value, ...]:
+        """Arguments of one shape: axes of size 1 (a per-channel gate on a feature map) are repeated."""
+        if len({len(a.shape) for a in args}) > 1:
+            raise ConversionError(f"{self.path}: batches of shapes {' and '.join(f'(N, {str(a.shape)[1:]}' for a in args)} meet in an elementwise step; give them the same axes")
+        shape = np.broadcast_shapes(*(a.shape for a in args))
+        return tuple(a if a.shape == shape else self.rearrange(lambda t: [t.expand(len(t), *shape)], a)[0] for a in args)
 
     def elementwise(self, fn: Callable[[Tensor], Tensor], x: Value, increasing: bool | Tensor = True) -> Value:
         """An elementwise real step with per-channel constants; `increasing` declares where it is non-decreasing (bool or (C,))."""
@@ -203,7 +210,8 @@ class Lowering:
 
     def sum(self, x: Value, y: Value) -> Value:
         """x + y: an integer add where both are edges of exactly equal scale, else a join to be resolved at the next quantizer."""
-        if isinstance(x, Edge) and isinstance(y, Edge) and x.shape == y.shape and x.type.same_scale(y.type):
+        x, y = self._spread((x, y))
+        if isinstance(x, Edge) and isinstance(y, Edge) and x.type.same_scale(y.type):
             return self.add(ops.Add(), x, y)
         return Map(lambda a, b: a + b, (x, y), self.path, affine=True, uniform=True)
 
@@ -282,13 +290,21 @@ class Lowering:
 
     def rearrange(self, run: Callable[..., list[Tensor]], *values: Value) -> list[Value]:
         """Anything that only moves elements: `run` is carried out on the element numbers themselves, and what comes out is the index."""
-        sizes = [prod(v.shape) for v in values]
-        bases = np.cumsum([0, *sizes])
-        total = int(bases[-1])
+        sources: dict[int, Value] = {}  # what is moved, each once; a move of a move is one move of what lies below
+        for v in values:
+            below = v.args if isinstance(v, Move) and v.kind == "move" else (v,)
+            sources |= {id(b): b for b in below}
+        bases = dict(zip(sources, np.cumsum([0, *(prod(v.shape) for v in sources.values())])[:-1].tolist(), strict=True))
+        total = sum(prod(v.shape) for v in sources.values())
         numbers = []
-        for value, base, size in zip(values, bases, sizes, strict=False):
-            one = torch.arange(base, base + size, dtype=torch.float64).reshape(1, *value.shape)
+        for v in values:
+            if isinstance(v, Move) and v.index is not None and v.kind == "move":
+                places = np.concatenate([np.arange(prod(b.shape)) + bases[id(b)] for b in v.args])[v.index]
+            else:
+                places = np.arange(prod(v.shape)).reshape(v.shape) + bases[id(v)]
+            one = torch.from_numpy(places.astype(np.float64))[None]
             numbers.append(torch.cat([one, one + total]))
+        values = tuple(sources.values())
         out: list[Value] = []
         for moved in run(*numbers):
             if moved.dim() < 2 or moved.shape[0] != 2 or not torch.equal(moved[1], moved[0] + total):
