@@ -163,13 +163,6 @@ def _eltwise_add(g: Lowering, module: Any, x: Value, y: Value) -> Value:
     return quantizer(g, module.output_quant, z, f"{g.path}.output_quant") if _enabled(module.output_quant) else z
 
 
-def _concatenate(g: Lowering, module: Any, values: list[Value], dim: int = 1) -> Value:
-    if _enabled(module.input_quant):
-        values = [quantizer(g, module.input_quant, v, f"{g.path}.input_quant") for v in values]
-    (z,) = g.rearrange(lambda *t: [torch.cat(t, dim)], *values)
-    return quantizer(g, module.output_quant, z, f"{g.path}.output_quant") if _enabled(module.output_quant) else z
-
-
 def _trunc_pool(g: Lowering, module: Any, x: Value) -> Value:
     """Integer window sum, then the module's own truncation run on every sum."""
     quant = g.quant_argument()
@@ -206,7 +199,6 @@ RULES: tuple[tuple[type, Rule], ...] = (
     (qnn.QuantLinear, _linear),
     *((kind, _activation) for kind in _ACTIVATIONS),
     (qnn.QuantEltwiseAdd, _eltwise_add),
-    (qnn.QuantCat, _concatenate),
     (qnn.TruncAvgPool2d, _trunc_pool),
     (qnn.TruncAdaptiveAvgPool2d, _trunc_pool),
 )

@@ -317,7 +317,7 @@ def lower_module(g: Lowering, m: nn.Module, x: Value) -> Value:
         return linear(g, x, m.weight, m.bias)
     raise ConversionError(
         f"{g.path}: no integer rule for {type(m).__module__}.{type(m).__qualname__}. Supported: the layers of quantlib.layers, brevitas.nn QuantConv2d, "
-        "QuantLinear, QuantReLU, QuantHardTanh, QuantIdentity, QuantSigmoid, QuantTanh, QuantEltwiseAdd, QuantCat, TruncAvgPool2d, TruncAdaptiveAvgPool2d, and "
+        "QuantLinear, QuantReLU, QuantHardTanh, QuantIdentity, QuantSigmoid, QuantTanh, QuantEltwiseAdd, TruncAvgPool2d, TruncAdaptiveAvgPool2d, and "
         "from torch.nn batch norm, activations, pooling, flatten, shuffles, padding, nearest upsampling. Give your own layer a `lower` (docs/add_an_op.md)."
     )
 

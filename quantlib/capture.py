@@ -175,7 +175,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Layers are leaves: ours (anything with `lower`), torch.nn except containers, brevitas.nn, and subclasses that keep such a forward."""
     if hasattr(module, "lower"):
         return True
-    root = type(module).forward.__module__
+    root = type(module).forward.__module__ or ""
     if root.startswith("torch.nn"):
         return not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
     return root.startswith("brevitas.nn")

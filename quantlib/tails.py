@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from quantlib.lowering import Lowering
 
 ENUMERATE = 4096  # integers of an interval that are always run one by one
+MANY_INTEGERS = 1 << 16  # the same where a tail is not declared monotone, and bisection would be wrong
 FEW_LEVELS = 31  # up to here a quantizer's output is stored as thresholds; above, a proven multiply-shift is preferred
-TABLE_LIMIT = 1 << 22  # entries of the largest table that is worth storing
+TABLE_LIMIT = 1 << 20  # entries of the largest table that is worth storing
 SOME_LEVELS = 1023  # up to here the thresholds of a wide interval are found by bisection before a multiply-shift is tried
 EVERY_LIMIT = 1 << 22  # (integer, channel) pairs up to which running every integer is cheaper than bisection
 PROBE_LIMIT = 1 << 25  # (integer, channel) pairs over which a multiply-shift is proven one by one
@@ -400,7 +401,9 @@ def tail(g: Lowering, value: Map, edges: list[Edge], grid: Grid) -> Edge:
     (edge,) = edges
     t, levels = edge.type, grid.levels - 1
     few = levels <= FEW_LEVELS or (levels <= SOME_LEVELS and t.levels * t.shape[0] > EVERY_LIMIT)
-    op = _bisected(value, edge, grid) if few and t.levels > ENUMERATE else _enumerated(value, edge, grid)
+    known = bool(np.all(monotone(value))) and occurrences(value, edge) == 1
+    wide = t.levels > ENUMERATE if known else t.levels > MANY_INTEGERS
+    op = _bisected(value, edge, grid) if few and wide else _enumerated(value, edge, grid)
     out = g.add(op, edge, scale=grid.scale)
     g.tails[out.name] = (value, edge, grid)
     return out
@@ -464,7 +467,7 @@ def _bisected(value: Map, edge: Edge, grid: Grid) -> ops.Op:
     if not np.all(monotone(value)) or occurrences(value, edge) != 1:
         raise ConversionError(
             f"{value.label}: a step that is not known to be monotone follows an accumulator of {t.levels} integers ({t}), too many to run one by one "
-            f"(limit {ENUMERATE}); use a monotone activation (PReLU slopes >= 0), or a FixedPoint or other quantizer right after the accumulator"
+            f"(limit {MANY_INTEGERS}); use a monotone activation (PReLU slopes >= 0), or a FixedPoint or other quantizer right after the accumulator"
         )
     channels, count = value.shape[0], grid.levels - 1
     low, high = codes_of(value, {edge.name: real_of(edge, np.array([[t.lo], [t.hi]]))}, grid)

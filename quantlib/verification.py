@@ -127,6 +127,18 @@ def _margins(conversion: Conversion, name: str) -> tuple[int, int]:
     return int((ties & inside).sum()), int((sensitive & inside).sum())
 
 
+def _images_of(graph: Graph, codes: Tensor) -> Tensor:
+    """Real images that the model's own input quantizer turns into these codes: for each code the first float32 that reaches it."""
+    t, front = graph.input.type, graph.front
+    assert front is not None
+    first = np.nextafter(front.thresholds[:, :1], np.float32(-np.inf))
+    table = np.clip(np.concatenate([first, front.thresholds], axis=1), -3e38, 3e38) * front.sign[:, None].astype(np.float32)
+    rows = np.broadcast_to(table, (t.shape[0], table.shape[1]))
+    index = ((codes - t.lo) // t.step).numpy()
+    channels = np.arange(t.shape[0]).reshape(1, -1, *[1] * (codes.dim() - 2))
+    return torch.from_numpy(rows[channels, index].astype(np.float64))
+
+
 def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     """Run model and graph on images x (as `ql.run` takes them) and compare the integer code of every quantizer and accumulator.
 
@@ -141,11 +153,12 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     if missing:
         raise VerifyError(f"the graph was not made from this model: it has no node {missing[0]}")
     codes = evaluator.encode(graph, x).cpu()
-    real = codes.double() * torch.tensor(np.asarray(t.scale), dtype=torch.float64)
-    if graph.front is not None and isinstance(x, Tensor | np.ndarray) and torch.as_tensor(x).is_floating_point():
+    if graph.front is None:
+        real = codes.double() * torch.tensor(np.asarray(t.scale), dtype=torch.float64)
+    elif torch.as_tensor(x).is_floating_point():
         real = torch.as_tensor(x).cpu().float().double()
-    elif graph.front is not None:
-        raise VerifyError("this model quantizes its input itself: verify needs the real images (float), not codes")
+    else:
+        real = _images_of(graph, codes)
     snaps = {k: s for k, s in conversion.snaps.items() if s.edge in graph.by_name}
     names = list(dict.fromkeys([graph.input.name, *(s.edge for s in snaps.values()), *graph.outputs]))
 
