@@ -208,8 +208,8 @@ _OPTIONS = {
             Claim("top-1, fixed_point=GRID, JPEG images", 79.80, "%", "2,000 test images stored as JPEG"),
         ),
         notes=(
-            "GRID is FixedPoint(12, 6): words of 12 bits, 6 of them fraction, half up, saturating, at every branch, sum and average; sums "
-            "of two need 13. The accelerator's words have 16 bits, 7 of them fraction; float32 has 32. Weights of the classifier take 8 bits. "
+            "GRID is FixedPoint(12, 6): words of 12 bits, 6 of them fraction, half up, saturating, at every branch, sum and average. "
+            "The accelerator's words have 16 bits, 7 of them fraction; float32 has 32. The classifier's weights take 8 bits. "
             "10 and 11 bits with 4 or 5 of fraction lose 0.6 to 0.8 points."
         ),
         **_PAPER,
