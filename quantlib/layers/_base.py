@@ -9,6 +9,17 @@ from torch import Tensor, nn
 Example = tuple[nn.Module, Tensor]
 
 
+def brevitas_options(layer: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The keyword options that a layer hands on to Brevitas, which ignores unknown ones; TypeError for those."""
+    known = ("device", "dtype", "padding_mode", "return_quant_tensor")
+    for name in options:
+        if name not in known and not name.startswith(("input_", "output_", "bias_")):
+            raise TypeError(
+                f"{layer} has no option {name!r}; Brevitas takes {', '.join(known)} and those that begin with input_, output_, bias_"
+            )
+    return options
+
+
 class Layer:
     """Mixin of every layer class of this library. A subclass has a docstring and `examples()`; a class without either cannot be imported.
 

@@ -6,7 +6,7 @@ import torch
 from brevitas.nn import QuantConv2d
 from torch import nn
 
-from quantlib.layers._base import Example, Layer
+from quantlib.layers._base import Example, Layer, brevitas_options
 from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import BinaryWeight
 
@@ -56,7 +56,7 @@ class BinaryConv2d(Layer, QuantConv2d):
             weight_quant=BinaryWeight,
             weight_sign_clip=clip,
             weight_sign_of_zero=sign_of_zero,
-            **quant,
+            **brevitas_options("BinaryConv2d", quant),
         )
         self.real_weights = real_weights
 

@@ -6,7 +6,7 @@ import torch
 from brevitas.nn import QuantLinear
 from torch import nn
 
-from quantlib.layers._base import Example, Layer
+from quantlib.layers._base import Example, Layer, brevitas_options
 from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import BinaryWeight
 
@@ -43,7 +43,7 @@ class BinaryLinear(Layer, QuantLinear):
             weight_quant=BinaryWeight,
             weight_sign_clip=clip,
             weight_sign_of_zero=sign_of_zero,
-            **quant,
+            **brevitas_options("BinaryLinear", quant),
         )
         self.real_weights = real_weights
 

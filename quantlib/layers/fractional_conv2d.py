@@ -8,30 +8,51 @@ from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.nn.modules.utils import _pair
 
 from quantlib.layers._base import Example, Layer
 from quantlib.layers.quant_sign import QuantSign
 from quantlib.ops.fractional_conv2d import FractionalConv2d as FractionalConv2dOp
 from quantlib.quantizers import binary_sign, in_float32
-from quantlib.quantizers.functions import pass_inside, sign
+from quantlib.quantizers.functions import flat, pass_inside, sign
 from quantlib.tails import ConversionError
 
 STEEPNESS = 5.0
+Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
 
 
 def gate(msb: Tensor, threshold: Tensor) -> Tensor:
-    """1 where the second bit is computed, else 0: sigmoid(5 (msb - threshold)) > 1/2, in the dtype of msb. No gradient."""
-    return torch.gt(torch.sigmoid((msb - threshold).mul_(STEEPNESS)), 0.5).to(msb.dtype)
+    """sigmoid(5 (msb - threshold)): the second bit is computed where this is above 1/2. No gradient."""
+    return (msb - threshold).mul_(STEEPNESS).sigmoid_()
+
+
+def _above(soft: Tensor, inclusive: bool = False) -> Tensor:
+    """1 where soft > 1/2 (>= if inclusive), else 0, in the dtype of soft: masks as numbers are faster than as booleans."""
+    return (torch.ge if inclusive else torch.gt)(soft, 0.5, out=torch.empty_like(soft))
+
+
+def _grad_input(grad: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    stride, padding, dilation, groups = window
+    with torch.autocast(grad.device.type, enabled=False):
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False)
+        )[0]  # fmt: skip
+
+
+def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    stride, padding, dilation, groups = window
+    with torch.autocast(grad.device.type, enabled=False):
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (False, True, False)
+        )[1]  # fmt: skip
 
 
 def third_planes(q: Tensor) -> tuple[Tensor, Tensor] | None:
     """(m, l) with 3q = 2m + l, m = sgn(q) and l an integer, where every q lies on thirds (to 1e-5) and |q| < 1.3; else None."""
     n = q * 3
     low = n.round()
-    off = torch.stack(torch.aminmax(n.sub_(low))).abs().max()
-    if not bool((off < 1e-5) & (torch.stack(torch.aminmax(low)).abs().max() <= 3)):
+    off, largest = (torch.stack(torch.aminmax(flat(v))).abs().max() for v in (n.sub_(low), low))
+    if not bool((off < 1e-5) & (largest < 4)):  # one look, one wait on a GPU; NaN is not below
         return None
     high = torch.sign(q)
     return high, low.sub_(high, alpha=2)
@@ -41,47 +62,46 @@ class _Gated(Function):
     """y = (2M + L where open) / 3 from the planes of q; five convolutions, forward and backward together."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, weight: Tensor, threshold: Tensor, high: Tensor, low: Tensor, window: tuple[Any, ...], sparse: bool
-    ) -> Any:
+    def forward(ctx: Any, q: Tensor, weight: Tensor, threshold: Tensor, high: Tensor, low: Tensor, window: Window, sparse: bool) -> Any:
         with torch.autocast(q.device.type, enabled=False):
-            msb = nn.functional.conv2d(high, weight, None, *window).mul_(2)
+            double = nn.functional.conv2d(high, 2 * weight, None, *window)  # 2M exactly: a power of two passes through every rounding
             lsb = nn.functional.conv2d(low, weight, None, *window)
-        soft = torch.sigmoid((msb / 3).sub_(threshold).mul_(STEEPNESS))
-        mask = torch.gt(soft, 0.5).to(q.dtype)
+        soft = gate(double / 3, threshold)
+        mask = _above(soft)
         ctx.save_for_backward(high, low, weight, threshold, lsb, soft, mask)
         ctx.window, ctx.sparse = window, sparse
         ctx.mark_non_differentiable(mask)
-        return msb.addcmul_(mask, lsb).div_(3), mask
+        return double.addcmul_(mask, lsb).div_(3), mask
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """3/2 d(2M / 3) = dy + G and 3 d(L / 3) = dy where open; the factors 2/3 and 1/3 are put on the small tensors."""
         high, low, weight, threshold, lsb, soft, mask = ctx.saved_tensors
-        slope = (grad * lsb).mul_(STEEPNESS / 3).mul_(soft).mul_(1 - soft)
+        slope = torch.ops.aten.sigmoid_backward(grad * lsb, soft)
         if ctx.sparse:
-            slope = slope.mul_(soft >= 0.5)
-        to_high, to_low = (grad + slope).mul_(2 / 3), (grad * mask).mul_(1 / 3)
+            slope.mul_(_above(soft, inclusive=True))
+        to_high, to_low = torch.add(grad, slope, alpha=STEEPNESS / 3), grad * mask
         grad_q = grad_w = None
-        with torch.autocast(grad.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                grad_q = conv2d_input(high.shape, weight, to_high + to_low, *ctx.window)
-            if ctx.needs_input_grad[1]:
-                grad_w = conv2d_weight(high, weight.shape, to_high, *ctx.window) + conv2d_weight(low, weight.shape, to_low, *ctx.window)
-        return grad_q, grad_w, -slope.sum_to_size(threshold.shape), None, None, None, None
+        if ctx.needs_input_grad[0]:
+            grad_q = _grad_input(torch.add(to_high, to_low, alpha=0.5), high, weight * (2 / 3), ctx.window)
+        if ctx.needs_input_grad[1]:
+            grad_w = _grad_weight(to_high, high, weight, ctx.window).mul_(2 / 3)
+            grad_w.add_(_grad_weight(to_low, low, weight, ctx.window), alpha=1 / 3)
+        return grad_q, grad_w, slope.sum_to_size(threshold.shape).mul_(-STEEPNESS / 3), None, None, None, None
 
 
 class _GatedReal(Function):
     """The published formula, operation by operation, for any real q; up to six convolutions."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, weight: Tensor, threshold: Tensor, window: tuple[Any, ...], clip: float, sparse: bool) -> Any:
+    def forward(ctx: Any, q: Tensor, weight: Tensor, threshold: Tensor, window: Window, clip: float, sparse: bool) -> Any:
         with torch.autocast(q.device.type, enabled=False):
             high = sign(q)
             msb = nn.functional.conv2d(high, weight, None, *window).mul_(2).div_(3)
             full = nn.functional.conv2d(q, weight, None, *window)
-        soft = torch.sigmoid((msb - threshold).mul_(STEEPNESS))
-        mask = torch.gt(soft, 0.5).to(q.dtype)
+        soft = gate(msb, threshold)
+        mask = _above(soft)
         ctx.save_for_backward(q, high, weight, threshold, full - msb, soft, mask)
         ctx.window, ctx.clip, ctx.sparse = window, clip, sparse
         ctx.mark_non_differentiable(mask)
@@ -91,18 +111,17 @@ class _GatedReal(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, high, weight, threshold, rest, soft, mask = ctx.saved_tensors
-        slope = (grad * rest).mul_(STEEPNESS).mul_(soft).mul_(1 - soft)
+        slope = torch.ops.aten.sigmoid_backward(grad * rest, soft).mul_(STEEPNESS)
         if ctx.sparse:
-            slope = slope.mul_(soft >= 0.5)
+            slope.mul_(_above(soft, inclusive=True))
         to_full = grad * mask
         to_high = (grad - to_full).add_(slope).mul_(2 / 3)
         grad_q = grad_w = None
-        with torch.autocast(grad.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                grad_q = pass_inside(conv2d_input(q.shape, weight, to_high, *ctx.window), q, -ctx.clip, ctx.clip)
-                grad_q = grad_q + conv2d_input(q.shape, weight, to_full, *ctx.window)
-            if ctx.needs_input_grad[1]:
-                grad_w = conv2d_weight(high, weight.shape, to_high, *ctx.window) + conv2d_weight(q, weight.shape, to_full, *ctx.window)
+        if ctx.needs_input_grad[0]:
+            grad_q = pass_inside(_grad_input(to_high, q, weight, ctx.window), q, -ctx.clip, ctx.clip)
+            grad_q = grad_q + _grad_input(to_full, q, weight, ctx.window)
+        if ctx.needs_input_grad[1]:
+            grad_w = _grad_weight(to_high, high, weight, ctx.window) + _grad_weight(to_full, q, weight, ctx.window)
         return grad_q, grad_w, -slope.sum_to_size(threshold.shape), None, None, None
 
 
@@ -180,7 +199,7 @@ class FractionalConv2d(Layer, nn.Module):
             y, mask = _GatedReal.apply(q, self.quant_weight(), self.threshold, window, self.clip, self.sparse)
         else:
             y, mask = _Gated.apply(q, self.quant_weight(), self.threshold, *planes, window, self.sparse)
-        self.num_out, self.num_high = mask.numel(), torch.count_nonzero(mask)
+        self.num_out, self.num_high = mask.numel(), mask.sum((2, 3)).long().sum()
         return y
 
     def lower(self, g: Any, x: Any) -> Any:
@@ -212,7 +231,7 @@ class FractionalConv2d(Layer, nn.Module):
         """
         bound = self.weight[0].numel()
         sums = torch.arange(-bound, bound + 1, dtype=torch.float64)
-        is_open = gate(sums.reshape(-1, 1, 1, 1).mul(2).div_(3), self.threshold.detach().double().cpu()).reshape(len(sums), -1) > 0
+        is_open = gate(sums.reshape(-1, 1, 1, 1).mul(2).div_(3), self.threshold.detach().double().cpu()).reshape(len(sums), -1) > 0.5
         first = len(sums) - is_open.sum(0)
         assert torch.equal(is_open, torch.arange(len(sums))[:, None] >= first), "a gate that opens stays open for every larger sum"
         return (first - bound).numpy()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 from brevitas.nn import QuantReLU
 from torch import nn
@@ -34,6 +36,8 @@ class LearnedScaleReLU(Layer, QuantReLU):
         gradient: Gradient = "2019",
         return_quant_tensor: bool = False,
     ) -> None:
+        if not 0 < init < math.inf:
+            raise ValueError(f"the first range of a learned scale is positive and finite, got init={init}")
         shape = {} if channels is None else {"scaling_per_output_channel": True, "per_channel_broadcastable_shape": (1, channels, 1, 1)}
         super().__init__(
             act_quant=UintActLearnedLog2Scale,

@@ -6,7 +6,7 @@ import torch
 from brevitas.nn import QuantConv2d
 from torch import nn
 
-from quantlib.layers._base import Example, Layer
+from quantlib.layers._base import Example, Layer, brevitas_options
 from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import NarrowIntWeightPerChannelMaxAbs, NarrowIntWeightPerTensorMaxAbs
 
@@ -55,7 +55,7 @@ class ScaledIntConv2d(Layer, QuantConv2d):
             bias=bias,
             weight_quant=NarrowIntWeightPerChannelMaxAbs if per_channel else NarrowIntWeightPerTensorMaxAbs,
             weight_bit_width=bits,
-            **quant,
+            **brevitas_options("ScaledIntConv2d", quant),
         )
 
     @staticmethod

@@ -7,7 +7,7 @@ from brevitas.nn import QuantLinear
 from brevitas.quant import IntBias
 from torch import nn
 
-from quantlib.layers._base import Example, Layer
+from quantlib.layers._base import Example, Layer, brevitas_options
 from quantlib.layers.fixed_point import FixedPoint
 from quantlib.layers.learned_scale_relu import LearnedScaleReLU
 from quantlib.quantizers import NarrowIntWeightPerChannelMaxAbs, NarrowIntWeightPerTensorMaxAbs
@@ -48,7 +48,7 @@ class ScaledIntLinear(Layer, QuantLinear):
             bias,
             weight_quant=NarrowIntWeightPerChannelMaxAbs if per_channel else NarrowIntWeightPerTensorMaxAbs,
             weight_bit_width=bits,
-            **quant,
+            **brevitas_options("ScaledIntLinear", quant),
         )
 
     @staticmethod

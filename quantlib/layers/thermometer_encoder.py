@@ -39,9 +39,13 @@ class ThermometerEncoder(Layer, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
             x = x.float() / 255
-        above = self.level(x).unsqueeze(2) - torch.arange(self.planes, dtype=torch.float32, device=x.device).reshape(-1, 1, 1)
-        y = above.mul_(2).sub_(1).clamp_(-1, 1).flatten(1, 2).to(x.dtype)
-        return y.contiguous(memory_format=torch.channels_last) if x.is_contiguous(memory_format=torch.channels_last) else y
+        half_steps = torch.arange(
+            1, 2 * self.planes, 2, dtype=torch.float32, device=x.device
+        )  # 2 level - (2b + 1) is odd: its sign is the bit
+        level = self.level(x).mul_(2)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return (level.permute(0, 2, 3, 1).unsqueeze(-1) - half_steps).clamp_(-1, 1).flatten(3).permute(0, 3, 1, 2).to(x.dtype)
+        return (level.unsqueeze(2) - half_steps.reshape(-1, 1, 1)).clamp_(-1, 1).flatten(1, 2).to(x.dtype)
 
     def lower(self, g: Any, x: Any) -> Any:
         edge = x if isinstance(x, Map) else g.integer(x)

@@ -43,8 +43,8 @@ class TruncAvgPool(Layer, nn.Module):
                one too low where the sum is a multiple of 2^shift)
 
     >>> activation = LearnedScaleReLU(bits=4, init=15.0, return_quant_tensor=True)
-    >>> float(TruncAvgPool(2)(activation(torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]]))).value.round())
-    2.0
+    >>> TruncAvgPool(2)(activation(torch.tensor([[[[1.0, 2.0], [3.0, 5.0]]]]))).value.flatten().round().tolist()
+    [2.0]
     """
 
     def __init__(

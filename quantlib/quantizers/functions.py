@@ -177,14 +177,14 @@ def max_abs(w: Tensor, bits: int, channel: int | None = 0, min_scale: float = 2e
 # --- activations with a given scale --------------------------------------------------------------------------------------------------
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """x as a vector without a copy where its layout is channels last; always the same order for the same shape and layout."""
     return x.permute(0, 2, 3, 1).reshape(-1) if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.reshape(-1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     if a.stride() == b.stride():
-        return torch.dot(_flat(a), _flat(b))
+        return torch.dot(flat(a), flat(b))
     return (a * b).sum()
 
 

@@ -65,6 +65,8 @@ class BinarySignQuant(_TensorQuant):
 
 class QuantSignQuant(_TensorQuant):
     def __init__(self, bit_width: int) -> None:
+        if bit_width < 1:
+            raise ValueError(f"a QuantSign needs at least one bit, got {bit_width}")
         super().__init__(bit_width, (2**bit_width - 1) / 2)
 
     def forward(self, x: Tensor) -> Quantized:
@@ -75,6 +77,8 @@ class QuantSignQuant(_TensorQuant):
 
 class MaxAbsQuant(_TensorQuant):
     def __init__(self, bit_width: int, scaling_min_val: float, scaling_per_output: ScalingPerOutputType, output_channel_dim: int) -> None:
+        if bit_width < 2:
+            raise ValueError(f"narrow-range integer weights need at least two bits, got {bit_width}; for one bit use BinaryWeight")
         super().__init__(bit_width)
         self.min_scale = scaling_min_val
         self.channel = output_channel_dim if scaling_per_output == ScalingPerOutputType.CHANNEL else None
@@ -93,6 +97,8 @@ class LearnedScaleQuant(_TensorQuant):
     def __init__(
         self, bit_width: int, signed: bool, narrow_range: bool, scaling_impl: nn.Module, scale_gradient: Gradient, proxy_module: nn.Module
     ) -> None:
+        if bit_width < 1 + int(signed):
+            raise ValueError(f"a {'signed' if signed else 'unsigned'} activation needs at least {1 + int(signed)} bits, got {bit_width}")
         super().__init__(bit_width)
         half = int(2 ** (bit_width - 1))
         self.lo, self.hi = (-half + int(narrow_range), half - 1) if signed else (0, 2 * half - 1 - int(narrow_range))

@@ -7,7 +7,7 @@ import torch
 from brevitas import nn as qnn
 from torch import nn
 
-from quantlib.layers import BinaryConv2d, BinaryLinear
+from quantlib.layers import BinaryConv2d, BinaryLinear, LearnedScaleHardTanh, LearnedScaleReLU, QuantSign, ScaledIntConv2d, ScaledIntLinear
 
 
 @pytest.mark.parametrize("sign_of_zero", [-1.0, 0.0, 1.0])
@@ -41,3 +41,28 @@ def test_gradient_stops_at_the_clip() -> None:
         layer.weight.copy_(torch.tensor([[0.4, 0.5, 0.6]]))
     layer(torch.ones(1, 3)).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.tolist() == [[1, 1, 0]]
+
+
+def test_a_misspelt_option_is_refused() -> None:
+    """Brevitas itself ignores keywords that it does not know."""
+    for build in (
+        lambda **o: BinaryConv2d(2, 2, 1, **o),
+        lambda **o: BinaryLinear(2, 2, **o),
+        lambda **o: ScaledIntConv2d(2, 2, 1, **o),
+        lambda **o: ScaledIntLinear(2, 2, **o),
+    ):
+        with pytest.raises(TypeError, match="no option 'pading'"):
+            build(pading=1)
+        build(return_quant_tensor=False)
+
+
+def test_impossible_settings_are_refused_when_built() -> None:
+    with pytest.raises(ValueError, match="two bits"):
+        ScaledIntConv2d(2, 2, 1, bits=1)
+    with pytest.raises(ValueError, match="signed activation needs at least 2 bits"):
+        LearnedScaleHardTanh(1)
+    with pytest.raises(ValueError, match="one bit"):
+        QuantSign(0)
+    for layer in (LearnedScaleReLU, LearnedScaleHardTanh):
+        with pytest.raises(ValueError, match="positive and finite"):
+            layer(4, init=0.0)

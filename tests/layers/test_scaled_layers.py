@@ -108,6 +108,7 @@ def test_linear_golden(golden: Any, dtype: torch.dtype) -> None:
     assert np.array_equal(layer.bias.grad.numpy().astype(np.float32), golden["linear/grad_b"])
 
 
+@pytest.mark.filterwarnings("ignore:No quant bias cache")
 def test_linear_bias_needs_a_quantized_input() -> None:
     with pytest.raises(RuntimeError, match="[Ii]nput scale required"):
         ScaledIntLinear(4, 2, bias_bits=12)(torch.zeros(1, 4))
