@@ -7,6 +7,10 @@
 #include <hls_stream.h>
 
 #include <cstdint>
+#ifndef __SYNTHESIS__
+#include <fstream>
+#include <string>
+#endif
 
 #ifndef QL_SIMULATION  // the vendor's headers: a stage is a call, a cycle is the tool's business
 #define QL_CYCLE()
@@ -83,6 +87,14 @@ template <typename A, typename T, unsigned L> inline unsigned count(A v, const T
     }
     return reached;
 }
+
+#ifndef __SYNTHESIS__
+// A table from a binary file (little endian, native words); false when the file is missing or too short.
+inline bool load_table(const std::string& path, void* to, std::size_t bytes) {
+    std::ifstream file(path.c_str(), std::ios::binary);
+    return bool(file.read(static_cast<char*>(to), std::streamsize(bytes)));
+}
+#endif
 
 template <typename A> inline A clamp(A v, A lo, A hi) { return v < lo ? lo : v > hi ? hi : v; }
 

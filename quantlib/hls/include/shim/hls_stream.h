@@ -24,6 +24,7 @@ struct Channel {
     std::string name;
     uint64_t depth = 0;     // 0: no bound
     uint64_t declared = 0;  // what the generated source asks for
+    uint64_t forced = 0;    // what an experiment asks for instead
     uint64_t head = 0, tail = 0, mark = 0;
     Stage* reader = nullptr;  // a stage that waits for data
     Stage* writer = nullptr;  // a stage that waits for room
@@ -56,7 +57,7 @@ inline void reset(bool bounded) {
     for (Channel* c : channels()) {
         c->head = c->tail = c->mark = 0;
         c->reader = c->writer = nullptr;
-        c->depth = bounded ? (c->declared ? c->declared : 2) : 0;
+        c->depth = bounded ? (c->forced ? c->forced : c->declared) : 0;
     }
 }
 

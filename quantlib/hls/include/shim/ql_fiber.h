@@ -30,12 +30,12 @@ struct Channel;
 // ql_switch(&from, to): push what a call must keep, store the stack pointer in *from, continue on the stack `to`.
 extern "C" void ql_switch(void** from, void* to);
 #if defined(__x86_64__)
-asm(".text\n.weak ql_switch\n.type ql_switch, @function\nql_switch:\n"
+asm(".text\n.weak ql_switch\n.hidden ql_switch\n.type ql_switch, @function\nql_switch:\n"
     "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
     "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
     "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n.size ql_switch, .-ql_switch\n");
 #else
-asm(".text\n.weak ql_switch\n.type ql_switch, %function\nql_switch:\n"
+asm(".text\n.weak ql_switch\n.hidden ql_switch\n.type ql_switch, %function\nql_switch:\n"
     "sub sp, sp, #160\n"
     "stp x19, x20, [sp, #0]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\nstp x25, x26, [sp, #48]\nstp x27, x28, [sp, #64]\n"
     "stp x29, x30, [sp, #80]\nstp d8, d9, [sp, #96]\nstp d10, d11, [sp, #112]\nstp d12, d13, [sp, #128]\nstp d14, d15, [sp, #144]\n"

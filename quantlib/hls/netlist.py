@@ -1,0 +1,223 @@
+"""A graph as stages and wires: kernels, forks for edges with several readers, width converters, and FIFO depths that cannot deadlock."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import gcd, lcm
+from typing import Any
+
+import numpy as np
+
+from quantlib.hls.call import Call, Port, Table, ctype, every_word
+from quantlib.ir import Graph, GraphError, IntType
+from quantlib.schedule import Folding
+
+Array = np.ndarray
+SHALLOW = 2  # depth of a wire that only couples neighbours
+
+
+@dataclass
+class Wire:
+    """One FIFO: a single writer and a single reader."""
+
+    name: str
+    label: str
+    port: Port
+    depth: int = SHALLOW
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One call in the dataflow region: `function<args>(inputs[0], outputs[0], tables..., images, remaining inputs, remaining outputs)`."""
+
+    name: str
+    node: str
+    header: str
+    function: str
+    args: tuple[Any, ...]
+    inputs: tuple[Wire, ...]
+    outputs: tuple[Wire, ...]
+    iterations: int
+    demand: Callable[[], tuple[Array, ...]]
+    tables: tuple[tuple[str, Table], ...] = ()
+    memory: str = "auto"
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One end of the network: the integers of an edge on a 64-bit bus, in containers of `bits` bits, `wire.port.lanes` of them per cycle."""
+
+    edge: str
+    type: IntType
+    bits: int
+    wire: Wire
+
+    @property
+    def bus_words(self) -> int:
+        """64-bit words per image."""
+        return -(-self.type.numel * self.bits // 64)
+
+    @property
+    def iterations(self) -> int:
+        return self.bus_words * (64 // self.bits) // self.wire.port.lanes
+
+
+@dataclass
+class Netlist:
+    """Stages in topological order, the wires between them, and the pins."""
+
+    stages: list[Stage] = field(default_factory=list)
+    wires: list[Wire] = field(default_factory=list)
+    input: Pin = None  # type: ignore[assignment]  # set by build
+    outputs: list[Pin] = field(default_factory=list)
+
+    @property
+    def headers(self) -> list[str]:
+        return sorted({s.header for s in self.stages})
+
+
+def container(t: IntType) -> int:
+    return next(b for b in (8, 16, 32, 64) if t.bits <= b)
+
+
+def _bus_port(t: IntType) -> Port:
+    lanes = gcd(t.numel, 64 // container(t))
+    return Port(ctype(t), lanes, t.numel // lanes)
+
+
+class _Builder:
+    def __init__(self, graph: Graph, foldings: Mapping[str, Folding], depths: Mapping[str, tuple[int, ...]]) -> None:
+        self.graph, self.foldings, self.depths = graph, foldings, depths
+        self.net = Netlist()
+        self.taken: set[str] = set()
+
+    def identifier(self, name: str) -> str:
+        base = re.sub(r"\W", "_", name)
+        base = base if re.match(r"[A-Za-z]", base) else f"n{base}"
+        found, k = base, 2
+        while found in self.taken:
+            found, k = f"{base}_{k}", k + 1
+        self.taken.add(found)
+        return found
+
+    def wire(self, label: str, port: Port, depth: int = SHALLOW) -> Wire:
+        w = Wire(self.identifier(f"s_{label}"), label, port, depth)
+        self.net.wires.append(w)
+        return w
+
+    def glue(self, label: str, node: str, function: str, words: int, x: Wire, y: tuple[Wire, ...], demand: Callable[[], tuple[Array, ...]]) -> None:
+        self.net.stages.append(Stage(self.identifier(label), node, "ql_glue.hpp", function, (words,), (x,), y, words, demand))
+
+    def convert(self, w: Wire, lanes: int, label: str, node: str) -> Wire:
+        """w with another number of lanes, through the least common multiple where neither divides the other."""
+        have = w.port.lanes
+        if have == lanes:
+            return w
+        if have % lanes and lanes % have:
+            return self.convert(self.convert(w, lcm(have, lanes), f"{label}_wide", node), lanes, label, node)
+        total = w.port.words * have
+        y = self.wire(label, Port(w.port.ctype, lanes, total // lanes))
+        if lanes > have:
+            ratio, words = lanes // have, total // have
+            self.glue(f"{label}_gather", node, "ql::gather", words, w, (y,), lambda: (ratio * np.arange(1, words // ratio + 1),))
+        else:
+            ratio, words = have // lanes, total // lanes
+            self.glue(f"{label}_scatter", node, "ql::scatter", words, w, (y,), lambda: (np.arange(words) // ratio + 1,))
+        return y
+
+    def split(self, w: Wire, readers: list[tuple[str, int]], node: str) -> list[Wire]:
+        """One wire per reader, by a chain of forks; the FIFO behind the fork has the depth the schedule gives the reader."""
+        out: list[Wire] = []
+        for i, (reader, k) in enumerate(readers):
+            depth = self.depths.get(reader, ())[k : k + 1]
+            depth_words = max(SHALLOW, *depth) if depth else SHALLOW
+            if i == len(readers) - 1:
+                w.depth = max(w.depth, depth_words)
+                out.append(w)
+                break
+            mine = self.wire(f"{node}_to_{reader}", w.port, depth_words)
+            rest = self.wire(f"{node}_rest", w.port)
+            words = w.port.words
+            self.glue(f"{node}_fork", node, "ql::fork", words, w, (mine, rest), every_word(words))
+            out.append(mine)
+            w = rest
+        return out
+
+    def build(self) -> Netlist:
+        graph = self.graph
+        readers: dict[str, list[tuple[str, int]]] = {n.name: [] for n in graph}
+        for n in graph:
+            for k, edge in enumerate(n.inputs):
+                readers[edge].append((n.name, k))
+        for k, edge in enumerate(graph.outputs):
+            readers[edge].append(("", k))
+        ends: dict[tuple[str, int], Wire] = {}
+        for n in graph:
+            if not readers[n.name]:
+                raise GraphError(f"{n.name} is read by nobody: a stream needs a reader (drop the node)")
+            call: Call = n.op.hls(graph.types(n), n.type, self.foldings.get(n.name, Folding()))
+            if not n.inputs:
+                w = self.wire(n.name, _bus_port(n.type))
+                self.net.input = Pin(n.name, n.type, container(n.type), w)
+            else:
+                w = self.chain(n.name, call, [ends[n.name, k] for k in range(len(n.inputs))])
+            for reader, wire in zip(readers[n.name], self.split(w, readers[n.name], n.name), strict=True):
+                ends[reader] = wire
+        for k, edge in enumerate(graph.outputs):
+            t = graph.by_name[edge].type
+            w = self.convert(ends["", k], _bus_port(t).lanes, f"{edge}_out", edge)
+            self.net.outputs.append(Pin(edge, t, container(t), w))
+        return self.net
+
+    def chain(self, node: str, call: Call, inputs: list[Wire]) -> Wire:
+        name = self.identifier(node)
+        memory = self.foldings.get(node, Folding()).memory
+        for i, kernel in enumerate(call.kernels):
+            ins = inputs if i == 0 else [w]
+            ins = [self.convert(v, p.lanes, f"{node}_in{k}" if i == 0 else f"{node}_mid{i}", node) for k, (v, p) in enumerate(zip(ins, kernel.inputs, strict=True))]
+            last = i == len(call.kernels) - 1
+            w = self.wire(node if last else f"{node}_{kernel.label}", kernel.output)
+            stage = self.identifier(f"{node}_{kernel.label}" if kernel.label else f"{node}_stage")
+            tables = tuple((f"{name}_{t.name}", t) for t in kernel.tables)
+            self.net.stages.append(Stage(stage, node, kernel.header, kernel.function, kernel.args, tuple(ins), (w,), kernel.iterations, kernel.demand, tables, memory))
+        return w
+
+
+def build(graph: Graph, foldings: Mapping[str, Folding], depths: Mapping[str, tuple[int, ...]] | None = None) -> Netlist:
+    """Stages and wires for the given foldings (absent: one lane); the depths of FIFOs into joins are raised to what `required` finds."""
+    net = _Builder(graph, foldings, depths or {}).build()
+    for wire, words in required(net).items():
+        w = next(v for v in net.wires if v.name == wire)
+        w.depth = max(w.depth, words)
+    return net
+
+
+def required(net: Netlist) -> dict[str, int]:
+    """Depths, by wire, that FIFOs into stages with several inputs need so that the network cannot deadlock.
+
+    Time is counted in words that have entered the network, every stage running as far as it can in between: word k of a stage exists at the
+    latest of the times at which the input words it demands exist. A FIFO into a join then holds at most what has arrived up to a time and was
+    not yet consumed before it. Whether a dataflow network with blocking reads and writes stops does not depend on the order in which its stages
+    run, so depths that suffice for this order suffice for all. Images do not overlap inside a kernel, so one image tells everything.
+    """
+    if all(len(s.inputs) == 1 for s in net.stages):
+        return {}
+    time: dict[str, Array] = {net.input.wire.name: np.arange(1, net.input.wire.port.words + 1, dtype=np.int32)}
+    depths: dict[str, int] = {}
+    for s in net.stages:
+        demand, arrivals = s.demand(), [time.pop(w.name) for w in s.inputs]
+        ready = np.zeros(len(demand[0]), dtype=np.int32)
+        for need, arrival in zip(demand, arrivals, strict=True):
+            ready = np.maximum(ready, np.where(need > 0, arrival[np.maximum(need, 1) - 1], 0))
+        ready = np.maximum.accumulate(ready)
+        for w in s.outputs:
+            time[w.name] = ready
+        if len(s.inputs) > 1:
+            for w, need, arrival in zip(s.inputs, demand, arrivals, strict=True):
+                # word j is consumed when the first output that demands more than j words is written
+                taken = ready[np.minimum(np.searchsorted(need, np.arange(1, len(arrival) + 1)), len(ready) - 1)]
+                waiting = np.searchsorted(arrival, arrival, side="right") - np.searchsorted(taken, arrival, side="left")
+                depths[w.name] = max(SHALLOW, int(waiting.max()) + 1)
+    return depths

@@ -1,0 +1,238 @@
+"""The only place that makes C++ text: a netlist becomes the files of a project (path -> content), nothing is written here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from string import Template
+
+import numpy as np
+
+from quantlib.hls.call import Table, hw
+from quantlib.hls.netlist import Netlist, Pin, Stage
+from quantlib.ir import Graph, IntType
+
+BIG = 1 << 18  # tables with more entries reach the simulation as a binary file; compilers are slow on long initialisers
+SHALLOW_FIFO = 64  # up to here a FIFO is made of shift registers
+Array = np.ndarray
+
+
+def template(name: str, **values: object) -> str:
+    text = (resources.files("quantlib.hls") / "templates" / name).read_text()
+    return Template(text).substitute(values) if values else text
+
+
+def headers(wanted: Sequence[str]) -> dict[str, str]:
+    """The named headers and all they include, from the ops and from the library's include folder."""
+    found: dict[str, str] = {}
+    todo = list(wanted)
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        folder = resources.files("quantlib.hls") / "include" if name.startswith("ql") else resources.files("quantlib.ops")
+        found[name] = (folder / name).read_text()
+        todo += re.findall(r'#include "([\w.]+)"', found[name])
+    return found
+
+
+def word(ctype: str, lanes: int) -> str:
+    return f"ql::Word<{ctype}, {lanes}>"
+
+
+def native(lo: int, hi: int) -> np.dtype:
+    """The smallest native type of C++ and numpy that holds lo..hi."""
+    kinds = (np.uint8, np.uint16, np.uint32, np.int64) if lo >= 0 else (np.int8, np.int16, np.int32, np.int64)
+    return next(np.dtype(k) for k in kinds if np.iinfo(k).min <= lo and hi <= np.iinfo(k).max)
+
+
+def literal(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def table_files(name: str, table: Table) -> tuple[dict[str, str | bytes], str]:
+    """Files under params/ for one table, and the line that loads it in simulation (empty for the usual initialiser)."""
+    array = np.ascontiguousarray(table.build())
+    lo, hi = int(array.min()), int(array.max())
+    kind, exact = native(lo, hi), IntType((1,), lo, hi)
+    dims = "".join(f"[{n}]" for n in array.shape)
+    types = f"{kind.name}_t", f"ap_{'int' if exact.signed else 'uint'}<{exact.bits}>"
+    flat = array.reshape(-1).tolist()
+    rows = ",\n".join(",".join(map(str, flat[i : i + 32])) for i in range(0, len(flat), 32))
+    about = f"// {table.name}, {' x '.join(map(str, array.shape))}, {lo}..{hi}\n"
+    if array.size <= BIG:
+        return {f"params/{name}.h": f"{about}QL_TABLE({types[0]}, {types[1]}) {name}{dims} = {{\n{rows}\n}};\n"}, ""
+    text = (
+        f"{about}#ifdef __SYNTHESIS__\nstatic const {types[1]} {name}{dims} = {{\n#include \"{name}.inc\"\n}};\n"
+        f"#else  // simulation reads {name}.bin\nstatic {types[0]} {name}{dims};\n#endif\n"
+    )
+    data = array.astype(kind.newbyteorder("<")).tobytes()
+    return {f"params/{name}.h": text, f"params/{name}.inc": rows + "\n", f"params/{name}.bin": data}, (
+        f'    missing += !ql::load_table(std::string(folder) + "/{name}.bin", {name}, sizeof({name}));'
+    )
+
+
+def stage_line(s: Stage) -> str:
+    args = f"<{', '.join(map(literal, s.args))}>" if s.args else ""
+    names = [s.inputs[0].name, s.outputs[0].name, *(n for n, _ in s.tables), "images", *(w.name for w in (*s.inputs[1:], *s.outputs[1:]))]
+    return f'    QL_STAGE("{s.name}", {s.function}{args}({", ".join(names)}));'
+
+
+def memory_pragmas(s: Stage) -> list[str]:
+    """Weights lie in the memory the folding names; the words of all lanes of an iteration side by side."""
+    lines = []
+    for name, table in s.tables:
+        if table.name == "weight":
+            impl = {"lut": " impl=lutram", "bram": " impl=bram", "uram": " impl=uram"}.get(s.memory, "")
+            lines.append(f"#pragma HLS BIND_STORAGE variable={name} type=rom_1p{impl}")
+            lines.append(f"#pragma HLS ARRAY_RESHAPE variable={name} complete dim=2")
+            if s.function in ("ql::matvec", "ql::gated_matvec"):
+                lines.append(f"#pragma HLS ARRAY_RESHAPE variable={name} complete dim=3")
+    return lines
+
+
+def stream_lines(net: Netlist) -> str:
+    ends = {id(p.wire) for p in (net.input, *net.outputs)}
+    lines = []
+    for w in net.wires:
+        if id(w) in ends:
+            continue
+        impl = "srl" if w.depth <= SHALLOW_FIFO else "bram"
+        lines += [
+            f'    static hls::stream<{word(w.port.ctype, w.port.lanes)}> {w.name}("{w.name}");',
+            f"#pragma HLS STREAM variable={w.name} depth={w.depth}",
+            f"#pragma HLS BIND_STORAGE variable={w.name} type=fifo impl={impl}",
+            f"#pragma HLS AGGREGATE variable={w.name} compact=bit",
+            f"    QL_DEPTH({w.name}, {w.depth});",
+        ]
+    return "\n".join(lines)
+
+
+def stream_type(pin: Pin) -> str:
+    return f"hls::stream<{word(pin.wire.port.ctype, pin.wire.port.lanes)}>"
+
+
+def network(graph: Graph, net: Netlist, loads: Sequence[str]) -> str:
+    names = [n for s in net.stages for n, _ in s.tables]
+    includes = [*(f'#include "{h}"' for h in ["ql_glue.hpp", *net.headers] if h), "", *(f'#include "../params/{n}.h"' for n in names)]
+    parameters = [f"{stream_type(p)}& {p.wire.name}" for p in (net.input, *net.outputs)]
+    stages = [*(line for s in net.stages for line in memory_pragmas(s)), *map(stage_line, net.stages)]
+    return template(
+        "network.hpp", graph=graph.name, includes="\n".join(dict.fromkeys(includes)), parameters=", ".join(parameters), streams=stream_lines(net),
+        stages="\n".join(stages), loads="\n".join(loads),
+    )  # fmt: skip
+
+
+def port_lines(net: Netlist, depth: int = 2) -> str:
+    lines = []
+    for p in (net.input, *net.outputs):
+        lines.append(f'    static {stream_type(p)} {p.wire.name}("{p.wire.name}");')
+        lines.append(f"#pragma HLS STREAM variable={p.wire.name} depth={depth}")
+        lines.append(f"    QL_DEPTH({p.wire.name}, {depth});")
+    return "\n".join(lines)
+
+
+def csim(net: Netlist) -> str:
+    first, last = net.input.wire, net.outputs
+    arguments = ", ".join([first.name, *(p.wire.name for p in last), "images"])
+    calls = [f'    QL_STAGE("source", ql::source(in, {first.name}, uint64_t({first.port.words}), images));', f"    network({arguments});"]
+    calls += [
+        f'    QL_STAGE("sink{k}", ql::sink({p.wire.name}, out[{k}], uint64_t({p.wire.port.words}), &times[{k}], images));' for k, p in enumerate(last)
+    ]
+    advance = [f"            at[{k}] = out[{k}] + n * uint64_t({p.type.numel});" for k, p in enumerate(last)]
+    return template("csim.cpp", ports=port_lines(net), calls="\n".join(calls), outputs=len(last), advance="\n".join(advance), in_elements=net.input.type.numel)
+
+
+def tops(graph: Graph, net: Netlist) -> dict[str, str]:
+    pins = (net.input, *net.outputs)
+    ports = ["in", *(f"out{k}" for k in range(len(net.outputs)))]
+    layout = "\n".join(f"// {name}: edge {p.edge}, {p.type}, {p.bits}-bit containers, {p.bus_words} words per image" for name, p in zip(ports, pins, strict=True))
+    axis = ", ".join(f"hls::stream<bus_word>& {n}" for n in ports)
+    memory = ", ".join(f"{'const ' if n == 'in' else ''}uint64_t* {n}" for n in ports)
+
+    def calls(way: str) -> str:
+        p = net.input
+        kind = ("ql::FromAxis", "ql::ToAxis") if way == "axis" else ("ql::FromMemory", "ql::ToMemory")
+        lines = [f'    QL_STAGE("enter", ql::enter<{p.type.numel}, {p.bits}>({kind[0]}{{in}}, {p.wire.name}, images));']
+        lines.append(f"    network({', '.join([q.wire.name for q in pins])}, images);")
+        lines += [
+            f'    QL_STAGE("leave{k}", ql::leave<{q.type.numel}, {q.bits}>({q.wire.name}, {kind[1]}{{out{k}}}, images));' for k, q in enumerate(net.outputs)
+        ]
+        return "\n".join([*lines, "    QL_RUN();"])
+
+    axis_pragmas = "\n".join(f"#pragma HLS INTERFACE axis port = {n}" for n in ports)
+    depth = {n: p.bus_words * 4 for n, p in zip(ports, pins, strict=True)}
+    memory_pragmas = "\n".join(f"#pragma HLS INTERFACE m_axi port = {n} offset = slave bundle = gmem{i} depth = {depth[n]}" for i, n in enumerate(ports))
+    return {
+        "src/top.hpp": template("top.hpp", layout=layout, axis_parameters=axis, memory_parameters=memory),
+        "src/top.cpp": template(
+            "top.cpp", axis_parameters=axis, memory_parameters=memory, axis_pragmas=axis_pragmas, memory_pragmas=memory_pragmas, ports=port_lines(net),
+            axis_calls=calls("axis"), memory_calls=calls("memory"),
+        ),
+    }  # fmt: skip
+
+
+def map_shape(t: IntType) -> tuple[int, int, int]:
+    """Channels, height, width as the stream sees an edge; further axes count as width."""
+    h, w = hw(t) if len(t.shape) <= 3 else (1, t.numel // t.shape[0])
+    return t.shape[0], h, w
+
+
+def to_stream(values: Array, t: IntType) -> Array:
+    """(N, *shape) integers -> (N, numel) in the order of the stream: pixel by pixel, channels inside."""
+    return np.ascontiguousarray(np.moveaxis(values.reshape(len(values), t.shape[0], -1), 1, 2)).reshape(len(values), t.numel)
+
+
+def from_stream(values: Array, t: IntType) -> Array:
+    return np.ascontiguousarray(np.moveaxis(values.reshape(len(values), -1, t.shape[0]), 2, 1)).reshape(len(values), *t.shape)
+
+
+def testbench(net: Netlist, images: int) -> str:
+    def edge(p: Pin) -> str:
+        return "{" + ", ".join([f'"{p.edge}"', *map(str, map_shape(p.type)), str(p.bits), str(p.bus_words)]) + "}"
+
+    count = range(len(net.outputs))
+    return template(
+        "testbench.cpp", images=images, input=edge(net.input), outputs=", ".join(map(edge, net.outputs)),
+        memory_call=f"top_memory(in.data(), {', '.join(f'out[{k}].data()' for k in count)}, IMAGES);",
+        axis_streams="\n".join(f'    hls::stream<bus_word> to{k}("bus_out{k}");' for k in count),
+        axis_call=f"top_axis(from, {', '.join(f'to{k}' for k in count)}, IMAGES);", axis_pointers=", ".join(f"&to{k}" for k in count),
+    )  # fmt: skip
+
+
+def driver(net: Netlist) -> str:
+    def edge(p: Pin) -> str:
+        return f"({map_shape(p.type)}, \"{'' if p.type.signed else 'u'}int{p.bits}\")"
+
+    return template("driver.py", input=edge(net.input), outputs="[" + ", ".join(map(edge, net.outputs)) + "]")
+
+
+def project(graph: Graph, net: Netlist, part: str, clock_ns: float, golden: tuple[Array, Mapping[str, Array]]) -> dict[str, str | bytes]:
+    """All files of a project. golden: input codes (N, *shape) and the integers of every output edge for them."""
+    files: dict[str, str | bytes] = {}
+    loads = []
+    for s in net.stages:
+        for name, table in s.tables:
+            made, load = table_files(name, table)
+            files.update(made)
+            loads += [load] if load else []
+    files["src/network.hpp"] = network(graph, net, loads)
+    files.update(tops(graph, net))
+    files["src/csim.cpp"] = csim(net)
+    files["src/testbench.cpp"] = testbench(net, len(golden[0]))
+    for name, text in headers(["ql_csim.hpp", "ql_glue.hpp", *net.headers]).items():
+        files[f"include/{name}"] = text
+    for name in ("ap_int.h", "ap_axi_sdata.h", "hls_stream.h", "ql_fiber.h"):
+        files[f"include/shim/{name}"] = (resources.files("quantlib.hls") / "include" / "shim" / name).read_text()
+    files["golden/input.txt"] = _numbers(to_stream(golden[0], net.input.type))
+    for k, p in enumerate(net.outputs):
+        files[f"golden/output{k}.txt"] = _numbers(to_stream(golden[1][p.edge], p.type))
+    files["Makefile"] = template("Makefile")
+    files["project.tcl"] = template("project.tcl", part=part, clock=f"{clock_ns:g}")
+    files["driver.py"] = driver(net)
+    return files
+
+
+def _numbers(values: Array) -> str:
+    return "\n".join(map(str, values.reshape(-1).tolist())) + "\n"
