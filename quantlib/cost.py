@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from math import ceil, log2
+from math import ceil, gcd, log2, prod
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -30,7 +30,7 @@ class Cost:
 
     lut: 6-input LUTs; ff: flip-flops; dsp: DSP48 slices; bram18: block RAMs of 18 kbit; uram: UltraRAMs of 288 kbit;
     cycles: clock cycles per image in steady state (iterations of the slowest loop, II = 1);
-    fill: the share (0..1) of its input image that the node has to see before its first output word.
+    fill: the share (0..1) of its input image that the node may read ahead of its output: what a branch beside it has to store.
 
     `a + b` adds the resources and keeps the larger cycles and fill: stages of a dataflow run at the same time.
     """
@@ -184,7 +184,35 @@ def window(
     held = (kernel[0] - 1) * dilation[0] + 1 + stride[0]
     line, written = width * channels // lanes, cols * kernel[0] * kernel[1] * channels // lanes
     cycles = need[0] * line + sum(max(written, (b - a) * line) for a, b in zip(need[:-1], need[1:]))
-    return loop(cycles, lanes * x.bits, need[0] / height) + memory(min(held, height) * line, lanes * x.bits)
+    ahead = need[1] / height  # the rows of the second output row are read while the first is written
+    return loop(cycles, lanes * x.bits, ahead) + memory(min(held, height) * line, lanes * x.bits)
+
+
+@cache
+def same_order(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether a stream (pixel by pixel, channels inside) carries the elements of both shapes in one order."""
+    if a[0] == b[0]:
+        return True
+    index = np.arange(prod(a))
+    return np.array_equal(*(np.moveaxis(index.reshape(s), 0, -1).reshape(-1) for s in (a, b)))
+
+
+def reorder(x: IntType, y: IntType, lanes: int, pe: int) -> Cost:
+    """A buffered permutation: the map is read whole, `lanes` channels per word, then written pe at a time through a table of addresses."""
+    stored = memory(x.numel, x.bits) + memory(y.numel // pe, pe * (x.numel - 1).bit_length())
+    return loop(x.numel // lanes + y.numel // pe, pe * y.bits, 1.0) + stored
+
+
+def bus_lanes(t: IntType) -> int:
+    """Elements of one word between the network and its 64-bit bus: those of a bus word, in containers of 8, 16, 32 or 64 bits, or fewer
+    where an image is no whole number of them."""
+    return gcd(t.numel, 64 // next(b for b in (8, 16, 32, 64) if t.bits <= b))
+
+
+def bus_cycles(t: IntType) -> int:
+    """Cycles per image on the bus: every bus word (the last one padded) is taken apart into words of bus_lanes elements."""
+    in_word = 64 // next(b for b in (8, 16, 32, 64) if t.bits <= b)
+    return -(-t.numel // in_word) * in_word // bus_lanes(t)
 
 
 def port(bits: int) -> Cost:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from quantlib.cost import Cost as Cost
-from quantlib.cost import fifo, port
+from quantlib.cost import bus_cycles, bus_lanes, fifo, port
 from quantlib.ir import Graph, IntType, Node
 from quantlib.parts import PARTS, RESOURCES, Part
 from quantlib.parts import part as find_part
@@ -67,13 +67,12 @@ class Schedule(Mapping[str, Stage]):
         for node in graph:
             check_folding(node, graph.types(node), chosen[node.name])
         waits = _waits(graph)
-        return cls({
-            n.name: Stage(
-                chosen[n.name],
-                tuple(_depth(graph.by_name[i].type, chosen[i].pe, waits[n.name, k]) for k, i in enumerate(n.inputs)),
-            )
-            for n in graph
-        })  # fmt: skip
+
+        def depths(node: Node) -> tuple[int, ...]:
+            sources = [graph.by_name[i] for i in node.inputs]
+            return tuple(_depth(s.type, _lanes_out(s, chosen[s.name]), waits[node.name, k]) for k, s in enumerate(sources))
+
+        return cls({n.name: Stage(chosen[n.name], depths(n)) for n in graph})
 
     def __getitem__(self, name: str) -> Stage:
         try:
@@ -155,7 +154,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("node", "op", "pe", "simd", "memory", "fifo", "cycles", *RESOURCES)
-        table = [head]
+        table: list[tuple[str, ...]] = [head]
         for r in self.rows:
             counts = (str(getattr(r.cost, k)) for k in RESOURCES)
             depths = "+".join(map(str, r.depths))
@@ -187,7 +186,7 @@ def estimate(
 
     Without fps: the fewest cycles per image whose layout keeps within the part's budget. With fps: the least resources that reach
     clock / fps cycles. A schedule of your own is only costed. Where nothing fits, the plan is the nearest one found, `fits` is False and
-    `missing` says what is lacking. Cheap means a small sum of the shares of the budget; where one resource runs short its share weighs more.
+    `missing` says what is lacking. Cheap means a small sum of shares of the budget; where one resource runs short its share weighs more.
 
     Raises LookupError for an unknown part, ValueError for fps or clock_mhz that are not positive and for an illegal folding.
     """
@@ -246,6 +245,8 @@ class _Options:
 def _options(graph: Graph, node: Node, waits: _Waits) -> _Options:
     x = graph.types(node)
     pes, simds = node.op.folds(x, node.type)
+    if not node.inputs:
+        pes = 1  # the network's input comes in the words of the bus
     styles = ("lut", "bram", "uram") if hasattr(node.op, "weight") else ("auto",)
     found: list[tuple[Folding, Cost]] = []
     for pe in _divisors(pes):
@@ -380,27 +381,35 @@ def _waits(graph: Graph) -> _Waits:
     waits = {}
     for node in graph:
         longest = max((lag[i] for i in node.inputs), default=0.0)
-        lag[node.name] = longest + node.op.cost(graph.types(node), node.type, Folding()).fill
+        lag[node.name] = min(longest + node.op.cost(graph.types(node), node.type, Folding()).fill, 1.0)
         waits.update({(node.name, k): longest - lag[i] for k, i in enumerate(node.inputs)})
     return waits
 
 
-def _depth(source: IntType, pe: int, wait: float) -> int:
-    """FIFO depth in words of pe channels: where branches meet, the shorter one stores what its source sends while the longer one fills."""
-    words = source.numel // pe
+def _lanes_out(node: Node, folding: Folding) -> int:
+    """Elements per word of a node's output: those of the bus for the network's input, pe otherwise."""
+    return folding.pe if node.inputs else bus_lanes(node.type)
+
+
+def _depth(source: IntType, lanes: int, wait: float) -> int:
+    """FIFO depth in words: where branches meet, the shorter one stores what its source sends while the longer one fills."""
+    words = source.numel // lanes
     return BASE_DEPTH + min(ceil(wait * words), words)
 
 
 def _streams(graph: Graph, node: Node, folding: Folding, waits: _Waits) -> Cost:
     """The ports of a node and the FIFOs behind it, one per reader."""
-    total = port(folding.pe * node.type.bits)
+    lanes = _lanes_out(node, folding)
+    total = port(lanes * node.type.bits)
+    if node.name in graph.outputs:
+        total += Cost(cycles=bus_cycles(node.type)) + port(bus_lanes(node.type) * node.type.bits)
     reads = folding.simd if hasattr(node.op, "weight") else folding.pe
     for t in graph.types(node):
         total += port(reads * t.bits)
     for reader in dict.fromkeys(graph.consumers[node.name]):
         for k, i in enumerate(reader.inputs):
             if i == node.name:
-                total += fifo(_depth(node.type, folding.pe, waits[reader.name, k]), folding.pe * node.type.bits)
+                total += fifo(_depth(node.type, lanes, waits[reader.name, k]), lanes * node.type.bits)
     return total
 
 
@@ -412,9 +421,9 @@ def _plan(graph: Graph, device: Part, clock: float, fps: float | None, schedule:
     for node in graph:
         stage = schedule[node.name]
         own = node.op.cost(graph.types(node), node.type, stage.folding)
-        if own.cycles > slowest:
-            slowest, bottleneck = own.cycles, node.name
         cost = own + _streams(graph, node, stage.folding, waits)
+        if cost.cycles > slowest:
+            slowest, bottleneck = cost.cycles, node.name
         rows.append(Row(node.name, type(node.op).__name__, stage.folding, stage.depths, cost))
         total += cost
         start[node.name] = max((start[i] + own.fill * (finish[i] - start[i]) for i in node.inputs), default=0.0)

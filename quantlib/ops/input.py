@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from quantlib.cost import Cost
+from quantlib.cost import Cost, bus_cycles
 from quantlib.hls.call import Call
 from quantlib.ir import GraphError, IntType
 from quantlib.ops._base import Example, Op, expect
@@ -48,8 +48,8 @@ class Input(Op):
         return Call()
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """The words come from outside, pe channels per cycle."""
-        return Cost(cycles=y.numel // folding.pe)
+        """The bus brings 64 bits per cycle."""
+        return Cost(cycles=bus_cycles(y))
 
     @classmethod
     def examples(cls) -> list[Example]:

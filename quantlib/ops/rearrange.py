@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlib.cost import Cost, loop, memory
-from quantlib.hls.call import Call
+from quantlib.cost import Cost, reorder
+from quantlib.hls.call import Call, lanes_up_to
 from quantlib.hls.reorder import rearrange
 from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
@@ -53,9 +53,8 @@ class Rearrange(Op):
         return Call((rearrange(self, x[0], y, self.index.reshape(-1), folding.pe),))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """The whole map is stored twice (one is written while the other is read) beside the table of addresses."""
-        stored = memory(2 * x[0].numel, x[0].bits) + memory(y.numel, x[0].numel.bit_length())
-        return loop(max(x[0].numel, y.numel), y.bits, 1.0) + stored
+        """The whole map is read, then written."""
+        return reorder(x[0], y, lanes_up_to(folding.pe, x[0].shape[0]), folding.pe)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from quantlib.cost import Cost
-from quantlib.hls.call import Call, Kernel, Port, ctype, divides, every_word, port, stream_order
+from quantlib.cost import Cost, loop, reorder, same_order
+from quantlib.hls.call import Call, Kernel, Port, ctype, divides, every_word, lanes_up_to, port, stream_order
 from quantlib.hls.reorder import rearrange
 from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, expect
@@ -59,8 +59,10 @@ class Reshape(Op):
         )
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """Only the counters of the stages around it change."""
-        return Cost(cycles=y.numel // folding.pe)
+        """Words pass by where the order of the stream stays the same; else the whole map is read, then written."""
+        if same_order(x[0].shape, y.shape):
+            return loop(y.numel // folding.pe, folding.pe * y.bits)
+        return reorder(x[0], y, lanes_up_to(folding.pe, x[0].shape[0]), folding.pe)
 
     @classmethod
     def examples(cls) -> list[Example]:

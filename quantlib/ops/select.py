@@ -61,9 +61,10 @@ class Select(Op):
                             (places + 1) * max(words_in, words_out), demand, (table,)),))  # fmt: skip
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """The channels of a pixel are stored twice (one is written while the other is read) and picked by number."""
-        stored = memory(2 * x[0].shape[0] // folding.pe, folding.pe * x[0].bits)
-        return loop(max(x[0].numel, y.numel) // folding.pe, folding.pe * y.bits) + stored
+        """The channels of a pixel are stored twice (one is written while the other is read) and picked by number; one pixel more per image."""
+        lanes, places = lanes_up_to(folding.pe, x[0].shape[0]), y.numel // y.shape[0]
+        cycles = (places + 1) * max(x[0].shape[0] // lanes, y.shape[0] // folding.pe)
+        return loop(cycles, folding.pe * y.bits, 1 / places) + memory(2 * x[0].shape[0] // lanes, lanes * x[0].bits)
 
     @classmethod
     def examples(cls) -> list[Example]:
