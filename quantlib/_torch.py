@@ -48,6 +48,8 @@ def lower_function(g: Lowering, call: Call, args: tuple[Any, ...], kwargs: dict[
     name = call.name
     if name in IDENTITY:
         return args[0]
+    if name not in REARRANGE and _mentions_batch((call.args, call.kwargs)):
+        raise ConversionError(f"{g.path}: {call} computes with the batch size; what happens to an image must not depend on the images beside it")
     if name in ELEMENTWISE:
         return _elementwise_function(g, call, name, args, kwargs)
     if name in REARRANGE:
@@ -58,6 +60,12 @@ def lower_function(g: Lowering, call: Call, args: tuple[Any, ...], kwargs: dict[
         f"{g.path}: {call} has no integer meaning here. Supported functions: elementwise ({', '.join(sorted(ELEMENTWISE)[:12])}, ...), rearranging "
         f"(reshape, flatten, cat, chunk, ...), {', '.join(sorted(FUNCTIONS))}. Put anything else into a module with its own `lower` (docs/add_an_op.md)."
     )
+
+
+def _mentions_batch(tree: Any) -> bool:
+    found: list[Batch] = []
+    walk(tree, lambda t: found.append(t) if isinstance(t, Batch) else None)
+    return bool(found)
 
 
 def _values(tree: Any) -> list[Value]:
