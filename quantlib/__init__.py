@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantlib import analysis as analysis
     from quantlib import layers as layers
     from quantlib import quantizers as quantizers
     from quantlib.lowering import ConversionError as ConversionError

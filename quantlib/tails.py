@@ -357,22 +357,30 @@ def _pull_move(g: Lowering, move: Move, args: list[Value], edges: list[Edge]) ->
 
 def codes_of(value: Map, env: Mapping[object, Tensor], grid: Grid, before: bool = False, narrow: bool = False) -> np.ndarray:
     """Integer codes (P, C) that the expression gives on real inputs; with before, real values in units of the grid's scale; narrow: C is 1."""
-    real = evaluate(value, env, before)
+    return units_of(value, evaluate(value, env, before), grid, narrow) if before else snap_codes(value, evaluate(value, env), grid, narrow)
+
+
+def units_of(value: Map, real: Tensor, grid: Grid, narrow: bool = False) -> np.ndarray:
+    """Real values (P, C, 1, ...) in units of the grid's scale, as (P, C)."""
     channels = 1 if narrow else value.shape[0]
     real = real.reshape(real.shape[0], -1)
     if real.shape[1] not in (1, channels):
         raise ConversionError(f"{value.label}: an elementwise step has constants that change inside a channel; only per-channel constants can be folded")
     scale = torch.from_numpy(channel_scale(grid.scale, value.shape, value.label).copy())
-    units = (real / scale).expand(-1, channels).numpy()
-    if before:
-        return units
-    if np.isnan(units).any():
-        raise ConversionError(f"{value.label}: NaN comes out of the layers before this quantizer; a parameter or a running variance is broken")
+    return (real / scale).expand(-1, channels).numpy()
+
+
+def snap_codes(value: Map, real: Tensor, grid: Grid, narrow: bool = False) -> np.ndarray:
+    """Quantized real values as integer codes, with proof that they lie on the grid."""
+    units = units_of(value, real, grid, narrow)
     n = np.rint(units)
-    if np.abs(units - n).max(initial=0) > 1e-6:
+    off = np.abs(units - n).max(initial=0)
+    if np.isnan(off):
+        raise ConversionError(f"{value.label}: NaN comes out of the layers before this quantizer; a parameter or a running variance is broken")
+    if off > 1e-6:
         raise ConversionError(f"{value.label}: the quantizer gives values that are not on its grid (scale {grid.scale})")
     n = n.astype(np.int64)
-    if n.min() < grid.lo or n.max() > grid.hi or ((n - grid.lo) % grid.step).any():
+    if n.min() < grid.lo or n.max() > grid.hi or (grid.step > 1 and ((n - grid.lo) % grid.step).any()):
         raise ConversionError(f"{value.label}: the quantizer gives codes outside {grid.lo}..{grid.hi} (step {grid.step})")
     return n
 
@@ -419,20 +427,23 @@ def _enumerated(value: Map, edge: Edge, grid: Grid) -> ops.Op:
             f"{value.label}: {grid.levels} output levels on an accumulator of {t.levels} integers ({t}); use fewer output bits, or a FixedPoint step in between"
         )
     n = integers(t)
-
-    def probe(before: bool) -> np.ndarray:
-        """(P, C), or (P, 1) where all channels share one function."""
-        pieces = np.array_split(n, -(-len(n) * channels // (1 << 22)))
-        return np.concatenate([codes_of(value, {edge.name: real_of(edge, p[:, None], narrow)}, grid, before, narrow) for p in pieces])
-
-    codes = probe(before=False)
+    lines = grid.step == 1 and grid.levels - 1 > FEW_LEVELS and value.pre is not None and len(n) > 2
+    pieces = []  # of (P, C), or (P, 1) where all channels share one function
+    for p in np.array_split(n, -(-len(n) * channels // (1 << 20))):
+        env = {edge.name: real_of(edge, p[:, None], narrow)}
+        inner = {id(a): evaluate(a, env) for a in value.args}
+        real = [inner[id(a)] for a in value.args]
+        with torch.no_grad():
+            codes = snap_codes(value, value.fn(*real), grid, narrow)
+            pieces.append((codes, units_of(value, value.pre(*real), grid, narrow) if lines and value.pre else codes))
+    codes, units = (np.concatenate([p[k] for p in pieces]) for k in (0, 1))
     difference = np.diff(codes, axis=0)
     rising, falling = (difference >= 0).all(0), (difference <= 0).all(0)
     is_monotone = bool((rising | falling).all())
     if grid.levels - 1 <= FEW_LEVELS and is_monotone:
         return _thresholds_op(*compress(*_thresholds(codes, n, rising, grid, t)), grid)
-    if grid.step == 1 and grid.levels - 1 > FEW_LEVELS:
-        op = _requant(n, codes, probe(before=True), grid) if value.pre is not None and len(n) > 2 else None
+    if lines:
+        op = _requant(n, codes, units, grid)
         if op is not None:
             return op
     if is_monotone and grid.levels - 1 <= 255 and grid.levels < len(n):
@@ -533,39 +544,52 @@ def _line(n: np.ndarray, codes: np.ndarray, slope: np.ndarray, grid: Grid, use: 
 
     n (P, 1) or (P, C), codes (P, C), slope (C,) in codes per integer, use (P, C) bool. The smallest shift up to 40 that works for all channels is taken.
     """
-    top, bottom = codes >= grid.hi, codes <= grid.lo
     span = int(np.abs(n).max(initial=1)).bit_length()
     steepest = float(np.abs(slope).max(initial=0.0))
-    few = np.unique(np.linspace(0, len(n) - 1, min(len(n), 1024)).astype(np.int64))
+    columns = np.arange(codes.shape[1])
+    few = np.unique(np.linspace(0, len(n) - 1, min(len(n), 1024)).astype(np.int64))  # the points that decide; grows by those that refute a candidate
 
-    def bounds(shift: int, rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        mul = np.rint(slope * 2.0**shift).astype(np.int64)
-        product = n[rows] * mul
-        at_least = np.where(use[rows] & ~bottom[rows], (codes[rows] << shift) - product, -(2**62)).max(0)
-        at_most = np.where(use[rows] & ~top[rows], ((codes[rows] + 1) << shift) - 1 - product, 2**62).min(0)
-        return mul, at_least, at_most
+    def bounds(shift: int, rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Per channel: the largest lower and the smallest upper bound on add that these points set, and the rows that set them."""
+        code = codes[rows]
+        low = (code << shift) - n[rows] * np.rint(slope * 2.0**shift).astype(np.int64)
+        high = low + ((1 << shift) - 1)
+        low[(code <= grid.lo) | ~use[rows]] = -(2**62)
+        high[(code >= grid.hi) | ~use[rows]] = 2**62
+        first, last = low.argmax(0), high.argmin(0)
+        return low[first, columns], high[last, columns], first, last
 
     def fits(shift: int) -> bool:
         return steepest * 2.0**shift < 2.0 ** (62 - span) and (steepest + max(abs(grid.lo), abs(grid.hi)) + 2) * 2.0**shift < 2.0**62
 
-    def works(shift: int, rows: Any) -> bool:
-        _, low, high = bounds(shift, rows)
+    def sample_allows(shift: int) -> bool:
+        low, high, _, _ = bounds(shift, few)
         return bool((low <= high).all())
+
+    def add_for(shift: int) -> np.ndarray | None:
+        nonlocal few
+        low, high = np.full(len(columns), -(2**62)), np.full(len(columns), 2**62)
+        for start in range(0, len(n), 4096):
+            block_low, block_high, first, last = bounds(shift, slice(start, start + 4096))
+            tighter = np.concatenate([first[block_low > low], last[block_high < high]]) + start
+            low, high = np.maximum(low, block_low), np.minimum(high, block_high)
+            if (low > high).any():
+                few = np.union1d(few, tighter)
+                return None
+        free_low, free_high = low == -(2**62), high == 2**62
+        return np.where(free_low & free_high, 0, np.where(free_low, high, np.where(free_high, low, low + (high - low) // 2)))
 
     # the smallest shift that suits a sample of the points, by bisection (almost monotone), then upwards until it suits them all
     below, above = -1, 40
     while above - below > 1:
         middle = (below + above) // 2
-        below, above = (below, middle) if not fits(middle) or works(middle, few) else (middle, above)
+        below, above = (below, middle) if not fits(middle) or sample_allows(middle) else (middle, above)
     for shift in range(above, 41):
         if not fits(shift):
             return None
-        if not works(shift, few) or not works(shift, slice(None)):
-            continue
-        mul, low, high = bounds(shift, slice(None))
-        free_low, free_high = low == -(2**62), high == 2**62
-        add = np.where(free_low & free_high, 0, np.where(free_low, high, np.where(free_high, low, low + (high - low) // 2)))
-        return mul, add, shift
+        add = add_for(shift) if sample_allows(shift) else None
+        if add is not None:
+            return np.rint(slope * 2.0**shift).astype(np.int64), add, shift
     return None
 
 

@@ -82,6 +82,9 @@ class Check:
     def ok(self) -> bool:
         return all(r.mismatches == 0 for r in self.rows)
 
+    def __bool__(self) -> bool:
+        return self.ok
+
     @property
     def mismatches(self) -> int:
         return sum(r.mismatches for r in self.rows)
