@@ -136,3 +136,18 @@ def test_lowering_errors_name_the_place() -> None:
         lower(network(zero), (2, 3, 3), None)
     with pytest.raises(ql.ConversionError, match=r"QuantSign\(2\)"):
         lower(nn.Sequential(layers.QuantSign(4), layers.FractionalConv2d(2, 2, 1)), (2, 3, 3), None)
+
+
+@pytest.mark.parametrize("name", ["BinaryConv2d", "BinaryLinear", "FractionalConv2d", "ScaledIntConv2d", "ScaledIntLinear"])
+def test_nan_weights_do_not_convert(name: str) -> None:
+    module, x = example(name, 0)
+    with torch.no_grad():
+        next(p for n, p in module.named_parameters() if n.endswith("weight")).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="weight holds NaN"):
+        ql.convert(module, x.shape[1:])
+
+
+def test_an_empty_batch_passes() -> None:
+    for name, index in EXAMPLES:
+        module, x = example(name, index)
+        assert module(x[:0]).shape == (0, *module(x).shape[1:])

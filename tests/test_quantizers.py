@@ -477,3 +477,9 @@ def test_values_lie_on_their_grid(bits: int, per_channel: bool, seed: int) -> No
     steps = value / scale
     assert float((steps - steps.round()).abs().max()) < 2.0**-16 and float(steps.abs().max().round()) == 2 ** (bits - 1) - 1
     assert bool(((value == 0) | (value.sign() == w.sign())).all())
+
+
+def test_torchscript_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("brevitas.config.JIT_ENABLED", True)
+    with pytest.raises(RuntimeError, match="BREVITAS_JIT"):
+        qnn.QuantIdentity(act_quant=QuantSignAct)

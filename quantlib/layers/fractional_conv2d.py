@@ -49,6 +49,8 @@ def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, window: Window) -> Ten
 
 def third_planes(q: Tensor) -> tuple[Tensor, Tensor] | None:
     """(m, l) with 3q = 2m + l, m = sgn(q) and l an integer, where every q lies on thirds (to 1e-5) and |q| < 1.3; else None."""
+    if not q.numel():
+        return None
     n = q * 3
     low = n.round()
     off, largest = (torch.stack(torch.aminmax(flat(v))).abs().max() for v in (n.sub_(low), low))

@@ -11,6 +11,7 @@ for constant scales, `...tensor_quant.scaling_impl.value` (log2 domain) for lear
 from __future__ import annotations
 
 import torch
+from brevitas import config
 from brevitas.core.function_wrapper import Identity
 from brevitas.core.restrict_val import FloatRestrictValue
 from brevitas.inject import ExtendedInjector
@@ -45,6 +46,8 @@ class _TensorQuant(nn.Module):
 
     def __init__(self, bit_width: int, zero_point: float = 0.0) -> None:
         super().__init__()
+        if config.JIT_ENABLED:
+            raise RuntimeError("fused quantizers are no TorchScript: unset BREVITAS_JIT (it gains no speed)")
         self.bits = int(bit_width)
         self.int_quant = _View()
         self.register_buffer("zero_point", torch.tensor(zero_point), persistent=False)
