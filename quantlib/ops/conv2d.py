@@ -87,7 +87,7 @@ class Conv2d(Op):
         if self.depthwise:
             words = places * groups
             table = Table("weight", lambda: self.weight.reshape(groups, pe, taps).transpose(0, 2, 1).reshape(groups * taps, pe))
-            products = Kernel("", "conv2d.hpp", "ql::depthwise", (number, words, groups, taps), (window.stage().output,), port(y, pe),
+            products = Kernel("", "conv2d.hpp", "ql::depthwise", (number, places, groups, taps), (window.stage().output,), port(y, pe),
                               words * taps, lambda: (taps * np.arange(1, words + 1),), (table,))  # fmt: skip
         else:
             table = Table("weight", lambda: fold_weight(self.weight, self.groups, pe, simd))
