@@ -41,6 +41,7 @@ class Config:
     shift: int = 1  # pixels of random displacement while training
     gate_target: float = 1.0  # where the gating thresholds are pulled to
     seed: int = 0
+    threads: int = 1  # maps of 8x8 pixels are too small to share among cores
     train_images: int = 1437
     test_images: int = 360
     cpp_images: int = 360
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     console.print(f"{config}\n", highlight=False)
     torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
     with stage("data"):
         train, test = digits("train")[: config.train_images], digits("test")[: config.test_images]
         labels, x_cpp = test.labels, test.codes[: config.cpp_images]
