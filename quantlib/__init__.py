@@ -1,7 +1,7 @@
 """quantlib: low-bit networks from published FPGA papers, from training on Brevitas to bit-exact hardware source.
 
-zoo.get -> (train) -> convert -> run / verify -> estimate -> export -> csim. Names are loaded on first use, so that running, estimating and simulating a
-saved graph never import Brevitas.
+zoo.get -> (train) -> convert -> run / verify -> estimate -> export -> csim. Names are loaded on first use, so that running, estimating
+and simulating a saved graph never import Brevitas.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantlib import layers as layers
     from quantlib import quantizers as quantizers
-    from quantlib.lowering import ConversionError as ConversionError
-    from quantlib.lowering import convert as convert
+    from quantlib.evaluator import run as run
     from quantlib.hls import export as export
     from quantlib.io.graph import load as load
     from quantlib.io.graph import save as save
     from quantlib.ir import Graph as Graph
     from quantlib.ir import Grid as Grid
     from quantlib.layers import FixedPoint as FixedPoint
-    from quantlib.evaluator import run as run
+    from quantlib.lowering import ConversionError as ConversionError
+    from quantlib.lowering import convert as convert
     from quantlib.schedule import estimate as estimate
     from quantlib.verification import verify as verify
 
@@ -28,10 +28,20 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it; a module of the same name needs no attribute
 _WHERE = {
-    "convert": "quantlib.lowering", "ConversionError": "quantlib.tails", "run": "quantlib.evaluator", "verify": "quantlib.verification", "estimate": "quantlib.schedule",
-    "export": "quantlib.hls", "save": "quantlib.io.graph", "load": "quantlib.io.graph", "Graph": "quantlib.ir", "Grid": "quantlib.ir",
-    "FixedPoint": "quantlib.layers", "layers": "quantlib.layers", "quantizers": "quantlib.quantizers",
-}  # fmt: skip
+    "convert": "quantlib.lowering",
+    "ConversionError": "quantlib.tails",
+    "run": "quantlib.evaluator",
+    "verify": "quantlib.verification",
+    "estimate": "quantlib.schedule",
+    "export": "quantlib.hls",
+    "save": "quantlib.io.graph",
+    "load": "quantlib.io.graph",
+    "Graph": "quantlib.ir",
+    "Grid": "quantlib.ir",
+    "FixedPoint": "quantlib.layers",
+    "layers": "quantlib.layers",
+    "quantizers": "quantlib.quantizers",
+}
 __all__ = [*_WHERE]
 
 

@@ -33,17 +33,27 @@ def value_of(x: Any) -> Any:
 
 
 def grid_of(quantize: Callable[[Tensor], Any], shape: tuple[int, ...], label: str) -> Grid:
-    """The grid of an activation quantizer, read off its results at +-1e12 and on a sweep between: lo, hi, step and scale, never from bit_width.
+    """The grid of an activation quantizer, read off its results at +-1e12 and on a sweep between: lo, hi, step and scale, never from
+    bit_width.
 
-    Half-integer zero points (levels -1, -1/3, 1/3, 1) become half the scale and step 2. Raises ConversionError when the results lie on no grid.
+    Half-integer zero points (levels -1, -1/3, 1/3, 1) become half the scale and step 2. Raises ConversionError when the results lie on
+    no grid.
     """
     from quantlib.tails import ConversionError, channel_scale
 
-    probe = torch.tensor([-1e12, 0.0, 1e12], dtype=torch.float64).reshape(-1, *[1] * len(shape)).expand(3, shape[0], *[1] * (len(shape) - 1)).contiguous()
+    probe = (
+        torch.tensor([-1e12, 0.0, 1e12], dtype=torch.float64)
+        .reshape(-1, *[1] * len(shape))
+        .expand(3, shape[0], *[1] * (len(shape) - 1))
+        .contiguous()
+    )
     with torch.no_grad():
         result = quantize(probe)
     if not isinstance(result, IntQuantTensor):
-        raise ConversionError(f"{label}: the quantizer returns {type(result).__name__}, not an integer quant tensor; minifloat and MX formats have no integers here")
+        raise ConversionError(
+            f"{label}: the quantizer returns {type(result).__name__}, not an integer quant tensor; minifloat and MX formats "
+            f"have no integers here"
+        )
     if not torch.isfinite(result.value).all() or not torch.isfinite(result.scale).all():
         raise ConversionError(f"{label}: the quantizer's scale or output is NaN or infinite; load a sound checkpoint")
     scale = result.scale.detach().double().numpy()
@@ -57,7 +67,9 @@ def grid_of(quantize: Callable[[Tensor], Any], shape: tuple[int, ...], label: st
         if np.abs(ends - np.rint(ends)).max() < 1e-6:
             break
     else:
-        raise ConversionError(f"{label}: the quantizer's zero point is no multiple of 1/2, so real 0 has no integer; use a zero point on the grid")
+        raise ConversionError(
+            f"{label}: the quantizer's zero point is no multiple of 1/2, so real 0 has no integer; use a zero point on the grid"
+        )
     lo, hi = int(np.rint(ends).min()), int(np.rint(ends).max())
     step = 1
     if hi - lo <= 1 << 16:
@@ -75,7 +87,10 @@ def weight_codes(module: nn.Module, label: str) -> tuple[np.ndarray, np.ndarray]
     from quantlib.tails import ConversionError
 
     if not module.weight_quant.is_quant_enabled:
-        raise ConversionError(f"{label}: its weights are not quantized (weight_quant=None, or real_weights=True of a two-step training); give the layer a weight quantizer, or set real_weights to False")
+        raise ConversionError(
+            f"{label}: its weights are not quantized (weight_quant=None, or real_weights=True of a two-step training); give "
+            f"the layer a weight quantizer, or set real_weights to False"
+        )
     with torch.no_grad():
         quant = module.quant_weight()
     if not isinstance(quant, IntQuantTensor):
@@ -141,7 +156,9 @@ def _bias(g: Lowering, module: Any) -> np.ndarray:
 
 
 def _conv2d(g: Lowering, module: Any, x: Value) -> Value:
-    return _weighted(g, module, x, lambda e, w, s: g.conv2d(e, w, s, module.stride, module.padding, module.dilation, module.groups, module.padding_mode))
+    return _weighted(
+        g, module, x, lambda e, w, s: g.conv2d(e, w, s, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
+    )
 
 
 def _linear(g: Lowering, module: Any, x: Value) -> Value:

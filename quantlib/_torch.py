@@ -1,4 +1,6 @@
-"""Lowering rules for torch.nn modules and torch functions: three tables (elementwise, rearranging, everything else) and the rules behind them."""
+"""Lowering rules for torch.nn modules and torch functions: three tables (elementwise, rearranging, everything else) and the rules
+behind them.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +20,39 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------- elementwise steps
 
-# name -> (monotone in each argument for fixed other arguments, affine)
-ELEMENTWISE: dict[str, tuple[bool, bool]] = {
-    "add": (True, True), "radd": (True, True), "iadd": (True, True), "sub": (True, True), "rsub": (True, True), "isub": (True, True), "subtract": (True, True),
-    "mul": (True, True), "rmul": (True, True), "imul": (True, True), "multiply": (True, True), "neg": (True, True), "negative": (True, True), "pos": (True, True),
-    "div": (True, True), "truediv": (True, True), "itruediv": (True, True), "divide": (True, True), "true_divide": (True, True), "batch_norm": (True, True),
-    "relu": (True, False), "relu6": (True, False), "hardtanh": (True, False), "clamp": (True, False), "clip": (True, False), "clamp_min": (True, False),
-    "clamp_max": (True, False), "sigmoid": (True, False), "tanh": (True, False), "hardsigmoid": (True, False), "softplus": (True, False),
-    "logsigmoid": (True, False), "softsign": (True, False), "sign": (True, False), "round": (True, False), "floor": (True, False), "ceil": (True, False),
-    "trunc": (True, False), "maximum": (True, False), "minimum": (True, False), "exp": (True, False), "atan": (True, False), "erf": (True, False),
-    "threshold": (False, False), "leaky_relu": (False, False), "prelu": (False, False), "elu": (False, False), "celu": (False, False), "selu": (True, False),
-    "gelu": (False, False), "silu": (False, False), "mish": (False, False), "hardswish": (False, False), "hardshrink": (True, False),
-    "softshrink": (True, False), "tanhshrink": (True, False), "abs": (False, False), "absolute": (False, False), "square": (False, False),
-    "pow": (False, False), "sqrt": (True, False), "rsqrt": (False, False), "log": (True, False), "sin": (False, False), "cos": (False, False),
-    "where": (False, False), "lerp": (False, False), "addcmul": (False, False),
-}  # fmt: skip
-IDENTITY = {"contiguous", "clone", "detach", "to", "double", "float", "type_as", "dropout", "dropout2d", "dropout1d", "alpha_dropout", "feature_dropout", "type",
-            "requires_grad_", "cpu", "cuda", "identity", "alias", "positive"}  # fmt: skip
-REARRANGE = {
-    "reshape", "view", "flatten", "ravel", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze", "getitem", "chunk",
-    "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "narrow", "select", "unbind", "index_select", "expand", "repeat", "tile", "roll",
-    "flip", "fliplr", "flipud", "rot90", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "native_channel_shuffle", "unflatten", "T", "mT", "t", "repeat_interleave", "broadcast_to", "expand_as", "view_as", "reshape_as", "iter",
-}  # fmt: skip
+# a*x + b per channel in each argument, for fixed other arguments
+_AFFINE = """
+add radd iadd sub rsub isub subtract mul rmul imul multiply neg negative div truediv itruediv divide true_divide batch_norm
+""".split()
+# monotone in each argument, for fixed other arguments
+_MONOTONE_FUNCTIONS = """
+relu relu6 hardtanh clamp clip clamp_min clamp_max sigmoid tanh hardsigmoid softplus logsigmoid softsign sign round floor ceil
+trunc maximum minimum exp atan erf selu hardshrink softshrink tanhshrink sqrt log
+""".split()
+# elementwise, but every integer has to be run
+_OTHER_FUNCTIONS = """
+threshold leaky_relu prelu elu celu gelu silu mish hardswish abs absolute square pow rsqrt sin cos where lerp addcmul
+""".split()
+# name -> (monotone, affine)
+ELEMENTWISE = (
+    dict.fromkeys(_AFFINE, (True, True))
+    | dict.fromkeys(_MONOTONE_FUNCTIONS, (True, False))
+    | dict.fromkeys(_OTHER_FUNCTIONS, (False, False))
+)
+IDENTITY = set(
+    """
+contiguous clone detach to double float type_as type dropout dropout1d dropout2d alpha_dropout feature_dropout requires_grad_ cpu
+cuda identity alias positive pos
+""".split()
+)
+REARRANGE = set(
+    """
+reshape view flatten ravel permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze getitem chunk split
+split_with_sizes tensor_split hsplit vsplit dsplit narrow select unbind index_select expand repeat tile roll flip fliplr flipud
+rot90 cat concat concatenate stack hstack vstack dstack pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+unflatten T mT t repeat_interleave broadcast_to expand_as view_as reshape_as iter
+""".split()
+)
 
 
 def lower_function(g: Lowering, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -49,7 +61,9 @@ def lower_function(g: Lowering, call: Call, args: tuple[Any, ...], kwargs: dict[
     if name in IDENTITY:
         return args[0]
     if name not in REARRANGE and _mentions_batch((call.args, call.kwargs)):
-        raise ConversionError(f"{g.path}: {call} computes with the batch size; what happens to an image must not depend on the images beside it")
+        raise ConversionError(
+            f"{g.path}: {call} computes with the batch size; what happens to an image must not depend on the images beside it"
+        )
     if name in ELEMENTWISE:
         return _elementwise_function(g, call, name, args, kwargs)
     if name in REARRANGE:
@@ -57,8 +71,10 @@ def lower_function(g: Lowering, call: Call, args: tuple[Any, ...], kwargs: dict[
     if name in FUNCTIONS:
         return FUNCTIONS[name](g, *args, **kwargs)
     raise ConversionError(
-        f"{g.path}: {call} has no integer meaning here. Supported functions: elementwise ({', '.join(sorted(ELEMENTWISE)[:12])}, ...), rearranging "
-        f"(reshape, flatten, cat, chunk, ...), {', '.join(sorted(FUNCTIONS))}. Put anything else into a module with its own `lower` (docs/add_an_op.md)."
+        f"{g.path}: {call} has no integer meaning here. Supported functions: elementwise "
+        f"({', '.join(sorted(ELEMENTWISE)[:12])}, ...), rearranging "
+        f"(reshape, flatten, cat, chunk, ...), {', '.join(sorted(FUNCTIONS))}. Put anything else into a module with its own "
+        f"`lower` (docs/add_an_op.md)."
     )
 
 
@@ -97,7 +113,9 @@ def _elementwise_function(g: Lowering, call: Call, name: str, args: tuple[Any, .
     distinct = {r.index: v for r, v in zip(sources, values, strict=True)}
 
     def run(*tensors: Tensor) -> Tensor:
-        full_args, full_kwargs = fill((_drop_quant(call.args), _drop_quant(call.kwargs)), {i: _fresh(tensors[k]) for i, k in order.items()}, len(tensors[0]))
+        full_args, full_kwargs = fill(
+            (_drop_quant(call.args), _drop_quant(call.kwargs)), {i: _fresh(tensors[k]) for i, k in order.items()}, len(tensors[0])
+        )
         return call.target(*full_args, **full_kwargs)  # type: ignore[no-any-return]
 
     constants: list[Tensor] = []
@@ -160,22 +178,46 @@ def _sides(padding: Any) -> tuple[int, int, int, int]:
     return h, h, w, w
 
 
-def max_pool2d(g: Lowering, x: Value, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-               return_indices: bool = False) -> Value:  # fmt: skip
+def max_pool2d(
+    g: Lowering,
+    x: Value,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Value:
     if return_indices:
         raise ConversionError(f"{g.path}: max pooling with return_indices has no integer meaning here")
-    return g.max_pool(x, pair(kernel_size), pair(stride if stride not in (None, ()) else kernel_size), _sides(padding), pair(dilation), bool(ceil_mode))
+    return g.max_pool(
+        x, pair(kernel_size), pair(stride if stride not in (None, ()) else kernel_size), _sides(padding), pair(dilation), bool(ceil_mode)
+    )
 
 
-def avg_pool2d(g: Lowering, x: Value, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True,
-               divisor_override: int | None = None, *, scale: float | None = None) -> Value:  # fmt: skip
+def avg_pool2d(
+    g: Lowering,
+    x: Value,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    scale: float | None = None,
+) -> Value:
     kernel, sides = pair(kernel_size), _sides(padding)
     stride = pair(stride if stride not in (None, ()) else kernel_size)
     c, h, w = g.map_shape(x)
     if ceil_mode and any((n + 2 * p - k) % s for n, p, k, s in zip((h, w), pair(padding), kernel, stride, strict=True)):
-        raise ConversionError(f"{g.path}: average pooling with ceil_mode divides its last windows by another number; use a size that divides evenly")
+        raise ConversionError(
+            f"{g.path}: average pooling with ceil_mode divides its last windows by another number; use a size that divides evenly"
+        )
     if not count_include_pad and any(sides):
-        raise ConversionError(f"{g.path}: average pooling with count_include_pad=False and padding divides border windows by another number; pad with True")
+        raise ConversionError(
+            f"{g.path}: average pooling with count_include_pad=False and padding divides border windows by another number; pad with True"
+        )
     return g.mean_pool(x, kernel, stride, sides, divisor_override or kernel[0] * kernel[1], scale)
 
 
@@ -184,7 +226,9 @@ def _adaptive(g: Lowering, x: Value, output_size: Any) -> tuple[tuple[int, int],
     out_h, out_w = output_size if isinstance(output_size, tuple | list) else (output_size, output_size)
     out_h, out_w = h if out_h is None else out_h, w if out_w is None else out_w
     if h % out_h or w % out_w:
-        raise ConversionError(f"{g.path}: adaptive pooling from {h}x{w} to {out_h}x{out_w} has windows of different sizes; use sizes that divide")
+        raise ConversionError(
+            f"{g.path}: adaptive pooling from {h}x{w} to {out_h}x{out_w} has windows of different sizes; use sizes that divide"
+        )
     return (h // out_h, w // out_w), (h // out_h, w // out_w)
 
 
@@ -201,10 +245,16 @@ def adaptive_max_pool2d(g: Lowering, x: Value, output_size: Any, return_indices:
 def _over_map(g: Lowering, x: Value, dim: Any, keepdim: bool, pool: Callable[..., Value], what: str) -> Value:
     """A reduction over both spatial axes (mean, sum, amax): one pool of the whole map, then a flatten unless keepdim."""
     shape = g.shape(x)
-    dims = tuple(range(1, len(shape) + 1)) if dim is None else tuple(sorted(d % (len(shape) + 1) for d in (dim if isinstance(dim, tuple | list) else (dim,))))
+    dims = (
+        tuple(range(1, len(shape) + 1))
+        if dim is None
+        else tuple(sorted(d % (len(shape) + 1) for d in (dim if isinstance(dim, tuple | list) else (dim,))))
+    )
     flat_map = len(shape) == 2 and dims == (2,)  # (N, C, H*W)
     if not flat_map and (len(shape) != 3 or dims != (2, 3)):
-        raise ConversionError(f"{g.path}: {what} over axes {dims} of a batch of shape (N, {', '.join(map(str, shape))}); only both spatial axes are supported")
+        raise ConversionError(
+            f"{g.path}: {what} over axes {dims} of a batch of shape (N, {', '.join(map(str, shape))}); only both spatial axes are supported"
+        )
     if flat_map:
         (x,) = g.rearrange(lambda t: [t.unsqueeze(-1)], x)
     y = pool(g, x)
@@ -242,16 +292,35 @@ def pad(g: Lowering, x: Value, pad: Any, mode: str = "constant", value: float | 
     return g.pad(x, before, after)
 
 
-def interpolate(g: Lowering, x: Value, size: Any = None, scale_factor: Any = None, mode: str = "nearest", align_corners: Any = None,
-                recompute_scale_factor: Any = None, antialias: bool = False) -> Value:  # fmt: skip
+def interpolate(
+    g: Lowering,
+    x: Value,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: Any = None,
+    recompute_scale_factor: Any = None,
+    antialias: bool = False,
+) -> Value:
     if mode not in ("nearest", "nearest-exact"):
-        raise ConversionError(f"{g.path}: interpolation mode {mode!r} makes values between the codes; use 'nearest', or a transposed convolution")
+        raise ConversionError(
+            f"{g.path}: interpolation mode {mode!r} makes values between the codes; use 'nearest', or a transposed convolution"
+        )
     run = partial(torch.nn.functional.interpolate, size=size, scale_factor=scale_factor, mode=mode)
     return g.rearrange(lambda t: [run(t)], x)[0]
 
 
-def conv2d(g: Lowering, x: Value, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
-           padding_mode: str = "zeros") -> Value:  # fmt: skip
+def conv2d(
+    g: Lowering,
+    x: Value,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Value:
     """A plain convolution whose constant weights are small multiples of one number (a shift, a fixed filter)."""
     codes, scale = _constant_weights(g, weight)
     y = g.conv2d(g.integer(x), codes, scale, stride, padding, dilation, groups, padding_mode)
@@ -273,21 +342,44 @@ def _constant_weights(g: Lowering, weight: Any) -> tuple[np.ndarray, np.ndarray]
     codes = w / unit
     if not np.array_equal(np.rint(codes), codes) or np.abs(codes).max(initial=0) > 127:
         raise ConversionError(
-            f"{g.path}: real-valued weights (not multiples of one number up to 127). Use a quantized layer: quantlib.layers.ScaledIntConv2d, BinaryConv2d, "
+            f"{g.path}: real-valued weights (not multiples of one number up to 127). Use a quantized layer: "
+            f"quantlib.layers.ScaledIntConv2d, BinaryConv2d, "
             "brevitas.nn.QuantConv2d or QuantLinear, and train or calibrate it"
         )
     return codes.astype(np.int64), np.full(w.shape[0], unit)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "max_pool2d": max_pool2d, "avg_pool2d": avg_pool2d, "adaptive_avg_pool2d": adaptive_avg_pool2d, "adaptive_max_pool2d": adaptive_max_pool2d,
-    "mean": mean, "sum": total, "amax": amax, "pad": pad, "interpolate": interpolate, "upsample": interpolate, "conv2d": conv2d, "linear": linear,
-}  # fmt: skip
-FUNCTIONS["boolean_dispatch"] = max_pool2d
+    "max_pool2d": max_pool2d,
+    "boolean_dispatch": max_pool2d,  # how F.max_pool2d calls itself
+    "avg_pool2d": avg_pool2d,
+    "adaptive_avg_pool2d": adaptive_avg_pool2d,
+    "adaptive_max_pool2d": adaptive_max_pool2d,
+    "mean": mean,
+    "sum": total,
+    "amax": amax,
+    "pad": pad,
+    "interpolate": interpolate,
+    "upsample": interpolate,
+    "conv2d": conv2d,
+    "linear": linear,
+}
 
 # ---------------------------------------------------------------- torch.nn modules
 
-_MONOTONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Softsign, nn.Threshold, nn.SELU)
+_MONOTONE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Hardsigmoid,
+    nn.Softplus,
+    nn.LogSigmoid,
+    nn.Softsign,
+    nn.Threshold,
+    nn.SELU,
+)
 _OTHER = (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.CELU, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink)
 _PASS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _MOVES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
@@ -324,9 +416,12 @@ def lower_module(g: Lowering, m: nn.Module, x: Value) -> Value:
     if type(m).forward is nn.Linear.forward:
         return linear(g, x, m.weight, m.bias)
     raise ConversionError(
-        f"{g.path}: no integer rule for {type(m).__module__}.{type(m).__qualname__}. Supported: the layers of quantlib.layers, brevitas.nn QuantConv2d, "
-        "QuantLinear, QuantReLU, QuantHardTanh, QuantIdentity, QuantSigmoid, QuantTanh, QuantEltwiseAdd, TruncAvgPool2d, TruncAdaptiveAvgPool2d, and "
-        "from torch.nn batch norm, activations, pooling, flatten, shuffles, padding, nearest upsampling. Give your own layer a `lower` (docs/add_an_op.md)."
+        f"{g.path}: no integer rule for {type(m).__module__}.{type(m).__qualname__}. Supported: the layers of quantlib.layers, "
+        f"brevitas.nn QuantConv2d, "
+        "QuantLinear, QuantReLU, QuantHardTanh, QuantIdentity, QuantSigmoid, QuantTanh, QuantEltwiseAdd, TruncAvgPool2d, "
+        "TruncAdaptiveAvgPool2d, and "
+        "from torch.nn batch norm, activations, pooling, flatten, shuffles, padding, nearest upsampling. Give your own layer "
+        "a `lower` (docs/add_an_op.md)."
     )
 
 

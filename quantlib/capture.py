@@ -1,8 +1,9 @@
 """Record one run of a model as a flat list of calls, and replay that record on other inputs.
 
-The model runs once, in float64 and eval mode, on a concrete batch, with layers as leaves; torch functions between them are recorded too, what touches
-only parameters folds to constants. A second run with another batch size shows which literals are the batch axis. The record is replayed on fresh inputs
-and must equal the model bit for bit, so whatever recording cannot see is an error here and not a wrong integer later.
+The model runs once, in float64 and eval mode, on a concrete batch, with layers as leaves; torch functions between them are recorded
+too, what touches only parameters folds to constants. A second run with another batch size shows which literals are the batch axis. The
+record is replayed on fresh inputs and must equal the model bit for bit, so whatever recording cannot see is an error here and not a
+wrong integer later.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class Record:
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def replay(self, x: Tensor, edit: Callable[[int, Tensor], Tensor] | None = None) -> tuple[Any, dict[int, Tensor]]:
-        """Run the record on x (N, *input_shape), float64; `edit(index, value)` may replace each value as it appears. Returns output and all values."""
+        """Run the record on x (N, *input_shape), float64; `edit(index, value)` may replace each value as it appears. Returns output
+        and all values.
+        """
         values: dict[int, Tensor] = {}
 
         def put(index: int, value: Tensor) -> None:
@@ -161,13 +164,15 @@ def plain(tree: Any) -> Any:
 # ---------------------------------------------------------------- recording
 
 # Torch functions with a tracked argument whose result is not a tensor, and may differ only in the batch size.
-_HARMLESS = {
-    "size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "is_contiguous", "stride", "element_size", "get_device", "is_signed",
-    "shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "is_leaf", "layout", "is_sparse", "is_quantized", "is_meta", "is_mkldnn", "is_nested",
-    "__len__", "type", "names", "itemsize", "grad_fn", "grad", "is_cpu", "is_mps", "is_tensor", "is_storage", "is_same_size", "data_ptr", "storage_offset",
-    "requires_grad_", "_version", "output_nr", "__hash__", "__repr__", "__format__", "is_inference", "_backward_hooks", "retains_grad",
-}  # fmt: skip
-_DATA = {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "numpy", "equal", "allclose", "__contains__", "nonzero", "__array__", "is_nonzero"}
+_HARMLESS = set(
+    """
+size dim ndimension numel nelement is_floating_point is_complex is_contiguous stride element_size get_device is_signed shape ndim
+dtype device requires_grad is_cuda is_leaf layout is_sparse is_quantized is_meta is_mkldnn is_nested len type names itemsize
+grad_fn grad is_cpu is_mps is_tensor is_storage is_same_size data_ptr storage_offset requires_grad_ version output_nr hash repr
+format is_inference backward_hooks retains_grad
+""".split()
+)
+_DATA = set("bool item tolist int float index numpy equal allclose contains nonzero array is_nonzero".split())
 _LIBRARIES = ("torch", "brevitas", "quantlib", "unfoldnd")
 
 
@@ -251,21 +256,21 @@ class _Recorder(TorchFunctionMode):
             result = run()
         finally:
             self.inside -= 1
-        short = label.rsplit(".", 1)[-1]
-        if short == "__get__":  # a property: its name is on the descriptor
-            short = label.rsplit(".", 2)[-2]
+        short = path or short_name(target)
         tensors = [t for t in _flatten(result) if isinstance(_brevitas.value_of(t), Tensor)]
         made = {id(_brevitas.value_of(t)) for t in tensors}
         written = any(self.version(t) != v and id(t) not in made for t, v in zip(tracked, versions, strict=True))
-        if written or short in ("__setitem__", "copy_", "index_put_", "masked_fill_") and not tensors:
-            raise CaptureError(f"{label} writes into a tensor in place, which a record cannot hold ({_user_line()}); build a new tensor instead.")
+        if written or short == "setitem":
+            raise CaptureError(
+                f"{label} writes into a tensor in place, which a record cannot hold ({_user_line()}); build a new tensor instead."
+            )
         if not tensors:
             if short in _HARMLESS:
                 return result
             if short in _DATA or result is not None:
                 raise CaptureError(
-                    f"{label} turns tensor data into a Python value ({_user_line()}): what the model does then depends on the data, and hardware has "
-                    "no such branch. Remove it, or put the decision into a layer with its own `lower`."
+                    f"{label} turns tensor data into a Python value ({_user_line()}): what the model does then depends on the data, and "
+                    "hardware has no such branch. Remove it, or put the decision into a layer with its own `lower`."
                 )
             return result
         line = _user_line()
@@ -341,11 +346,15 @@ def _merge(a: Any, b: Any, sizes: tuple[int, int], where: str) -> Any:
             raise CaptureError(f"{where}: a size of {a} at batch {sizes[0]} and {b} at batch {sizes[1]} is no multiple of the batch size")
         if isinstance(a, Tensor):
             if a.shape != b.shape or not torch.equal(a, b):
-                raise CaptureError(f"{where}: a constant tensor differs between two runs of the model (random numbers, or data used through numpy)")
+                raise CaptureError(
+                    f"{where}: a constant tensor differs between two runs of the model (random numbers, or data used through numpy)"
+                )
             return a
         if _brevitas.is_quant_tensor(a) or a == b:
             return a
-    raise CaptureError(f"{where}: the two recordings differ ({a!r} and {b!r}); the model's control flow depends on the batch size or on data")
+    raise CaptureError(
+        f"{where}: the two recordings differ ({a!r} and {b!r}); the model's control flow depends on the batch size or on data"
+    )
 
 
 def float64_copy(model: nn.Module) -> nn.Module:
@@ -358,10 +367,11 @@ def float64_copy(model: nn.Module) -> nn.Module:
 
 
 def capture(model: nn.Module, input_shape: tuple[int, ...], sample: Callable[[int, int], Tensor]) -> Record:
-    """Record `model` (any nn.Module) on inputs `sample(batch, seed) -> (N, *input_shape) float64` of batch 2 and 3; check the replay at batch 5.
+    """Record `model` (any nn.Module) on inputs `sample(batch, seed) -> (N, *input_shape) float64` of batch 2 and 3; check the replay
+    at batch 5.
 
-    The record's `model` is the float64 copy. Raises CaptureError for data-dependent Python, unseen in-place writes, structures that depend on the batch
-    size, and a replay that is not bit-equal to the model.
+    The record's `model` is the float64 copy. Raises CaptureError for data-dependent Python, unseen in-place writes, structures that
+    depend on the batch size, and a replay that is not bit-equal to the model.
     """
     model = float64_copy(model)
     try:
@@ -372,7 +382,9 @@ def capture(model: nn.Module, input_shape: tuple[int, ...], sample: Callable[[in
         shape = "x".join(map(str, input_shape))
         raise CaptureError(f"the model does not run on a float64 batch of shape (2, {shape}): {type(error).__name__}: {error}") from error
     if len(two.calls) != len(three.calls):
-        raise CaptureError("the model makes a different number of calls at batch 2 and at batch 3; its control flow depends on the batch size or on data")
+        raise CaptureError(
+            "the model makes a different number of calls at batch 2 and at batch 3; its control flow depends on the batch size or on data"
+        )
     calls = []
     for a, b in zip(two.calls, three.calls, strict=True):
         same = a.target is b.target if isinstance(a.target, nn.Module) else function_name(a.target) == function_name(b.target)
@@ -386,5 +398,7 @@ def capture(model: nn.Module, input_shape: tuple[int, ...], sample: Callable[[in
         expected = list(_flatten(plain(model(x.clone()))))
         got = list(_flatten(record.replay(x.clone())[0]))
     if len(expected) != len(got) or any(isinstance(e, Tensor) and not torch.equal(e, g) for e, g in zip(expected, got, strict=True)):
-        raise CaptureError("replaying the recorded run on new data does not give the model's output: it depends on data in a way a record cannot hold")
+        raise CaptureError(
+            "replaying the recorded run on new data does not give the model's output: it depends on data in a way a record cannot hold"
+        )
     return record

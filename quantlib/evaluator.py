@@ -1,6 +1,7 @@
 """The exact evaluator: each op runs in the narrowest carrier that is proven to hold every intermediate.
 
-float32 below 2^24, float64 below 2^53, int64 last; reduced precision (TF32, bfloat16) is switched off while it runs. Images go through in small chunks.
+float32 below 2^24, float64 below 2^53, int64 last; reduced precision (TF32, bfloat16) is switched off while it runs. Images go through
+in small chunks.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def engine(graph: Graph) -> str:
 def encode(graph: Graph, x: Any) -> Tensor:
     """Images as codes on the input grid, int64 (N, *input shape).
 
-    Integer arrays (uint8 images) are codes already and must lie in the input's interval. Floats go through the model's own input quantizer (as float32), or
-    must lie on the grid to within 1e-4 of a step. Raises InputError for a wrong shape, dtype, range, NaN, or a value off the grid.
+    Integer arrays (uint8 images) are codes already and must lie in the input's interval. Floats go through the model's own input
+    quantizer (as float32), or must lie on the grid to within 1e-4 of a step. Raises InputError for a wrong shape, dtype, range, NaN,
+    or a value off the grid.
     """
     t = graph.input.type
     try:
@@ -55,7 +57,13 @@ def encode(graph: Graph, x: Any) -> Tensor:
         raise InputError(f"images are a torch tensor or a numpy array of integers or floats: {error}") from None
     wanted = f"(N, {', '.join(map(str, t.shape))})"
     if tuple(x.shape[1:]) != t.shape or x.dim() != len(t.shape) + 1:
-        hint = "; add the batch axis" if tuple(x.shape) == t.shape else "; channels come first (N, C, H, W)" if x.dim() == 4 and x.shape[-1] == t.shape[0] else ""
+        hint = (
+            "; add the batch axis"
+            if tuple(x.shape) == t.shape
+            else "; channels come first (N, C, H, W)"
+            if x.dim() == 4 and x.shape[-1] == t.shape[0]
+            else ""
+        )
         raise InputError(f"the network reads images of shape {wanted}, got {tuple(x.shape)}{hint}")
     if x.shape[0] == 0:
         raise InputError("an empty batch: there is no image to run")
@@ -76,7 +84,8 @@ def encode(graph: Graph, x: Any) -> Tensor:
             worst = int(off.nan_to_num(posinf=1.0).argmax())
             raise InputError(
                 f"the images are not on the input grid (scale {np.asarray(t.scale).reshape(-1)[0]:.6g}, codes {t.lo}..{t.hi}): for example "
-                f"{float(x.reshape(-1)[worst]):.6g} is {float(off.reshape(-1)[worst]):.3g} steps away. Pass uint8 codes, or values scale * n."
+                f"{float(x.reshape(-1)[worst]):.6g} is {float(off.reshape(-1)[worst]):.3g} steps away. Pass uint8 codes, or "
+                f"values scale * n."
             )
         n = n.to(torch.int64)
     low, high = int(n.min()), int(n.max())
@@ -98,7 +107,9 @@ def _through_front(graph: Graph, x: Tensor) -> Tensor:
 
 
 def decode(graph: Graph, edges: Mapping[str, Tensor]) -> Any:
-    """The model's output from the integers of `graph.outputs`: float64 arithmetic, rounded once to float32; a tuple where the model returns several."""
+    """The model's output from the integers of `graph.outputs`: float64 arithmetic, rounded once to float32; a tuple where the model
+    returns several.
+    """
     results = []
     for d in graph.decodes:
         total: Tensor | float = torch.tensor(d.bias, dtype=torch.float64)
@@ -157,8 +168,8 @@ def execute(graph: Graph, codes: Tensor, keep: Iterable[str]) -> dict[str, Tenso
 def run(graph: Graph, x: Any, integers: bool = False) -> Any:
     """The network's output on images x (N, C, H, W): same meaning as model(x), computed in exact integers.
 
-    x: uint8 or integer codes on the input grid, or floats (see `encode`), torch or numpy, on the CPU or a GPU. Returns float32 like the model, or with
-    integers=True a dict edge name -> int64 (N, *shape) of the network's integer outputs. Raises InputError.
+    x: uint8 or integer codes on the input grid, or floats (see `encode`), torch or numpy, on the CPU or a GPU. Returns float32 like
+    the model, or with integers=True a dict edge name -> int64 (N, *shape) of the network's integer outputs. Raises InputError.
     """
     edges = execute(graph, encode(graph, x), graph.outputs)
     return edges if integers else decode(graph, edges)

@@ -1,7 +1,7 @@
 """The integer network: frozen data, no behaviour beyond checking itself and printing itself.
 
-An edge carries integers n of a known interval; its real meaning is `scale * n`. There are no zero points on edges,
-so real 0 is always n = 0 and zero padding is always right (docs/integer_semantics.md).
+An edge carries integers n of a known interval; its real meaning is `scale * n`. There are no zero points on edges, so real 0 is always
+n = 0 and zero padding is always right (docs/integer_semantics.md).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _scale(value: object) -> np.ndarray:
 class Grid:
     """The values an edge may take: `real = scale * n`, n in {lo, lo + step, ..., hi}.
 
-    scale is a positive float64, per tensor or an array that broadcasts to (C, H, W). Raises ValueError on an empty or
-    misaligned interval and on a scale that is not positive and finite.
+    scale is a positive float64, per tensor or an array that broadcasts to (C, H, W). Raises ValueError on an empty or misaligned
+    interval and on a scale that is not positive and finite.
     """
 
     lo: int
@@ -150,10 +150,11 @@ class Decode:
 
 @dataclass(frozen=True, eq=False)
 class Front:
-    """How real float32 images become input codes where the model owns an input quantizer: code = lo + step * #{k : x >= thresholds[c][k]}.
+    """How real float32 images become input codes where the model owns an input quantizer: code = lo + step * #{k : x >=
+    thresholds[c][k]}.
 
-    thresholds: (C or 1, L) float32, found by bisection over the ordered float32 numbers; a row of decreasing functions is stored with sign -1
-    (then code = lo + step * #{k : -x >= thresholds[c][k]}).
+    thresholds: (C or 1, L) float32, found by bisection over the ordered float32 numbers; a decreasing row is stored with sign -1 (then
+    code = lo + step * #{k : -x >= thresholds[c][k]}).
     """
 
     thresholds: np.ndarray
@@ -162,7 +163,8 @@ class Front:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """An integer network. Nodes are in topological order, the first is the input; `decodes` turn its output edges into the model's outputs.
+    """An integer network. Nodes are in topological order, the first is the input; `decodes` turn its output edges into the model's
+    outputs.
 
     Raises GraphError when names repeat, an input is missing or not earlier, or a type differs from what the op infers.
     """
@@ -182,7 +184,12 @@ class Graph:
             if missing:
                 raise GraphError(f"{node.name} reads {missing[0]}, which no earlier node produces")
             inferred = node.op.infer(*(seen[i] for i in node.inputs))
-            same = (inferred.shape, inferred.lo, inferred.hi, inferred.step) == (node.type.shape, node.type.lo, node.type.hi, node.type.step)
+            same = (inferred.shape, inferred.lo, inferred.hi, inferred.step) == (
+                node.type.shape,
+                node.type.lo,
+                node.type.hi,
+                node.type.step,
+            )
             if not same:
                 raise GraphError(f"{node.name}: declared {node.type}, but {type(node.op).__name__} infers {inferred}")
             seen[node.name] = node.type
@@ -228,4 +235,6 @@ class Graph:
         rows = [(n.name, type(n.op).__name__, ", ".join(n.inputs), str(n.type), n.source) for n in self.nodes]
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r[:4], widths, strict=True)) + "  " + r[4] for r in rows]
-        return "\n".join([f"graph {self.name}: {len(self.nodes)} nodes, outputs {', '.join(self.outputs)}", *(line.rstrip() for line in lines)])
+        return "\n".join(
+            [f"graph {self.name}: {len(self.nodes)} nodes, outputs {', '.join(self.outputs)}", *(line.rstrip() for line in lines)]
+        )

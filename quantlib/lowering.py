@@ -1,7 +1,7 @@
 """From a PyTorch model to an integer network: record a run, lower call by call, apply the tail rule, clean up.
 
-`Lowering` is what layers and rules talk to. Values in flight are integer edges (Edge), the real network input (RealInput), or expressions that are still real
-(Map, Move): a quantizer turns those into an edge.
+`Lowering` is what layers and rules talk to. Values in flight are integer edges (Edge), the real network input (RealInput), or
+expressions that are still real (Map, Move): a quantizer turns those into an edge.
 """
 
 from __future__ import annotations
@@ -110,7 +110,10 @@ class Lowering:
 
     def input(self, grid: Grid) -> Edge:
         if any(isinstance(n.op, ops.Input) for n in self.nodes.values()):
-            raise ConversionError(f"{self.path}: the real input of the network is quantized in two places; quantize it once, or pass input=ql.Grid(lo, hi, scale)")
+            raise ConversionError(
+                f"{self.path}: the real input of the network is quantized in two places; quantize it once, or pass "
+                f"input=ql.Grid(lo, hi, scale)"
+            )
         shape = self.record.input_shape
         op = ops.Input(shape, grid.lo, grid.hi, grid.step)
         node = Node("input", op, (), op.infer().with_scale(self._fit_scale(grid.scale, shape)), "input")
@@ -118,29 +121,37 @@ class Lowering:
         return Edge("input", node.type)
 
     def front(self, value: Map, leaf: RealInput, grid: Grid) -> Edge:
-        """The model's own input quantizer: the input node carries its codes, and a table says from which float32 on each code is reached."""
+        """The model's own input quantizer: the input node carries its codes, and a table says from which float32 on each code is
+        reached.
+        """
         if not np.all(tails.monotone(value)):
             raise ConversionError(f"{value.label}: a non-monotone step in front of the input quantizer; quantize the input first")
         if value.shape != self.record.input_shape:
-            raise ConversionError(f"{value.label}: the input changes shape before it is quantized; quantize it first, or pass input=ql.Grid(lo, hi, scale)")
+            raise ConversionError(
+                f"{value.label}: the input changes shape before it is quantized; quantize it first, or pass input=ql.Grid(lo, hi, scale)"
+            )
         self.front_ = _measure_front(value, leaf, grid)
         return self.input(grid)
 
     # -------------------------------------------------------- the verbs of layers
 
     def integer(self, x: Value) -> Edge:
-        """x as an integer edge. Elementwise steps that keep an edge on a grid (a positive multiplier, ReLU on codes) are absorbed; a real value is an error."""
+        """x as an integer edge. Elementwise steps that keep an edge on a grid (a positive multiplier, ReLU on codes) are absorbed; a
+        real value is an error.
+        """
         if isinstance(x, Edge):
             return x
         if isinstance(x, RealInput):
             raise ConversionError(
-                f"{self.path}: it reads the real-valued input of the network. Say what integers the image has, convert(..., input=ql.Grid(0, 255, 1 / 255)), "
+                f"{self.path}: it reads the real-valued input of the network. Say what integers the image has, convert(..., "
+                f"input=ql.Grid(0, 255, 1 / 255)), "
                 "or begin the model with an input quantizer (QuantIdentity, ThermometerEncoder)."
             )
         edge = self._still_integer(x)
         if edge is None:
             raise ConversionError(
-                f"{self.path}: it needs integers, but its input is the real-valued result of {x.label}. Put a quantizer in between (QuantIdentity, QuantReLU, "
+                f"{self.path}: it needs integers, but its input is the real-valued result of {x.label}. Put a quantizer in "
+                f"between (QuantIdentity, QuantReLU, "
                 "SharedHardTanh after a residual add, or FixedPoint(bits, fraction) where a real-valued join is wanted)."
             )
         return edge
@@ -163,7 +174,7 @@ class Lowering:
         real = tails.evaluate(x, {leaf.name: tails.real_of(leaf, n[:, None])}).reshape(len(n), -1).numpy()
         if real.shape[1] != x.shape[0]:
             return None
-        base = tails._scale(leaf)
+        base = tails.edge_scale(leaf)
         for scale in (base, np.abs(real[-1] / n[-1]) if n[-1] else base):
             if not (scale > 0).all():
                 continue
@@ -176,13 +187,18 @@ class Lowering:
             return tails.settle(self, x, Grid(low, high, self._fit_scale(scale, x.shape)))
         return None
 
-    def map(self, fn: Callable[..., Tensor], *args: Value, monotone: bool | np.ndarray = True, affine: bool = False, uniform: bool = False) -> Value:
+    def map(
+        self, fn: Callable[..., Tensor], *args: Value, monotone: bool | np.ndarray = True, affine: bool = False, uniform: bool = False
+    ) -> Value:
         return Map(fn, self._spread(args), self.path, monotone, affine, uniform)
 
     def _spread(self, args: tuple[Value, ...]) -> tuple[Value, ...]:
         """Arguments of one shape: axes of size 1 (a per-channel gate on a feature map) are repeated."""
         if len({len(a.shape) for a in args}) > 1:
-            raise ConversionError(f"{self.path}: batches of shapes {' and '.join(f'(N, {str(a.shape)[1:]}' for a in args)} meet in an elementwise step; give them the same axes")
+            raise ConversionError(
+                f"{self.path}: batches of shapes {' and '.join(f'(N, {str(a.shape)[1:]}' for a in args)} meet in an "
+                f"elementwise step; give them the same axes"
+            )
         shape = np.broadcast_shapes(*(a.shape for a in args))
         return tuple(a if a.shape == shape else self.rearrange(lambda t: [t.expand(len(t), *shape)], a)[0] for a in args)
 
@@ -202,9 +218,11 @@ class Lowering:
         return Map(add, (y,), self.path, affine=True, shift=known)
 
     def quantize(self, fn: Callable[[Tensor], Tensor], x: Value, grid: Grid, monotone: bool = True, uniform: bool = False) -> Edge:
-        """fn maps real values onto `grid`, non-decreasing: the tail rule turns everything between x's integer edges and here into one op.
+        """fn maps real values onto `grid`, non-decreasing: the tail rule turns everything between x's integer edges and here into one
+        op.
 
-        uniform declares that fn has no per-channel constants; pools and reshapes in front of it then move behind it whatever they do to channels.
+        uniform declares that fn has no per-channel constants; pools and reshapes in front of it then move behind it whatever they do
+        to channels.
         """
         return tails.settle(self, Map(fn, (x,), self.path, monotone, uniform=uniform, pre=lambda t: t), grid)
 
@@ -217,11 +235,25 @@ class Lowering:
 
     # -------------------------------------------------------- convolutions
 
-    def conv2d(self, edge: Edge, codes: np.ndarray, scale: np.ndarray, stride: Any, padding: Any, dilation: Any, groups: int, padding_mode: str = "zeros") -> Value:
-        """Exact integer convolution; scale (O,) of the weights times the input's scale, which must be one number per group of input channels."""
+    def conv2d(
+        self,
+        edge: Edge,
+        codes: np.ndarray,
+        scale: np.ndarray,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+        padding_mode: str = "zeros",
+    ) -> Value:
+        """Exact integer convolution; scale (O,) of the weights times the input's scale, which must be one number per group of input
+        channels.
+        """
         channels, height, width = self.map_shape(edge)
         if padding_mode != "zeros":
-            raise ConversionError(f"{self.path}: padding_mode={padding_mode!r}; only zero padding has an integer meaning here (F.pad in front of the layer)")
+            raise ConversionError(
+                f"{self.path}: padding_mode={padding_mode!r}; only zero padding has an integer meaning here (F.pad in front of the layer)"
+            )
         stride, dilation = _torch.pair(stride), _torch.pair(dilation)
         sides = _conv_sides(padding, codes.shape[2:], dilation)
         rows = self._input_scales(edge, channels // groups, groups)
@@ -230,7 +262,9 @@ class Lowering:
 
     def dense(self, edge: Edge, codes: np.ndarray, scale: np.ndarray) -> Value:
         if len(edge.shape) != 1:
-            raise ConversionError(f"{self.path}: a linear layer on a batch of shape (N, {', '.join(map(str, edge.shape))}); flatten to (N, features) first")
+            raise ConversionError(
+                f"{self.path}: a linear layer on a batch of shape (N, {', '.join(map(str, edge.shape))}); flatten to (N, features) first"
+            )
         (row,) = self._input_scales(edge, edge.shape[0], 1)
         return self.add(ops.Dense(codes), edge, scale=np.asarray(row * scale))
 
@@ -241,14 +275,18 @@ class Lowering:
         grouped = scales.reshape(groups, size)
         if not (grouped == grouped[:, :1]).all():
             raise ConversionError(
-                f"{self.path}: its input channels have different scales ({edge.name}), so their products cannot be summed as integers. After a concat, share one "
-                "quantizer between the branches or quantize again behind it; per-channel activation scales may only feed a depthwise convolution."
+                f"{self.path}: its input channels have different scales ({edge.name}), so their products cannot be summed as "
+                f"integers. After a concat, share one "
+                "quantizer between the branches or quantize again behind it; per-channel activation scales may only feed a "
+                "depthwise convolution."
             )
         return np.ascontiguousarray(grouped[:, 0])
 
     # -------------------------------------------------------- pools and rearrangements
 
-    def _move(self, kind: str, apply: Callable[..., Edge], args: tuple[Value, ...], shape: tuple[int, ...], index: np.ndarray | None = None) -> Value:
+    def _move(
+        self, kind: str, apply: Callable[..., Edge], args: tuple[Value, ...], shape: tuple[int, ...], index: np.ndarray | None = None
+    ) -> Value:
         if all(isinstance(a, Edge) for a in args):
             return apply(self, *args)
         return Move(kind, apply, args, shape, self.path, index)
@@ -256,12 +294,16 @@ class Lowering:
     def _pooled(self, op: ops.Op, x: Value) -> tuple[int, ...]:
         return op.infer(IntType(x.shape, 0, 1)).shape
 
-    def max_pool(self, x: Value, kernel: tuple[int, int], stride: tuple[int, int], sides: Sides, dilation: tuple[int, int], ceil: bool) -> Value:
+    def max_pool(
+        self, x: Value, kernel: tuple[int, int], stride: tuple[int, int], sides: Sides, dilation: tuple[int, int], ceil: bool
+    ) -> Value:
         self.map_shape(x)
         op = ops.MaxPool(kernel, stride, sides, dilation, ceil)
         return self._move("max", lambda g, e: g.add(op, e, scale=e.type.scale), (x,), self._pooled(op, x))
 
-    def mean_pool(self, x: Value, kernel: tuple[int, int], stride: tuple[int, int], sides: Sides, divisor: int, scale: float | None = None) -> Value:
+    def mean_pool(
+        self, x: Value, kernel: tuple[int, int], stride: tuple[int, int], sides: Sides, divisor: int, scale: float | None = None
+    ) -> Value:
         """Integer window sum; the divisor goes into the scale."""
         op = ops.SumPool(kernel, stride, sides)
         apply = lambda g, e: g.add(op, e, scale=e.type.scale / divisor if scale is None else scale)  # noqa: E731
@@ -320,7 +362,11 @@ class Lowering:
             if len(used) == 1:  # reads only one of them
                 base = sum(e.type.numel for e in edges[: used[0]])
                 return self._view((edges[used[0]],), index - base)
-            straight = index.size == total and np.array_equal(index.reshape(-1), np.arange(total)) and all(e.shape[1:] == index.shape[1:] for e in edges)
+            straight = (
+                index.size == total
+                and np.array_equal(index.reshape(-1), np.arange(total))
+                and all(e.shape[1:] == index.shape[1:] for e in edges)
+            )
             if straight:
                 return self.add(ops.Concat(), *edges)
             flat = [self._view((e,), np.arange(e.type.numel)) for e in edges]
@@ -424,7 +470,7 @@ def _decode(g: Lowering, value: Value) -> Decode:
     if isinstance(value, Edge):
         return Decode((value.name,), (np.asarray(value.type.scale),), np.zeros(()), value.shape)
     assert isinstance(value, Map)
-    value = tails._pull_all(g, value)
+    value = tails.pull_all(g, value)
     leaves = tails.frontier(value)
     if any(not isinstance(leaf, Edge) for leaf in leaves):
         raise ConversionError(f"{value.label}: the network's output depends on its real input; quantize the input first")
@@ -433,7 +479,8 @@ def _decode(g: Lowering, value: Value) -> Decode:
         if kept is not None:
             return _decode(g, kept)
         raise ConversionError(
-            f"{value.label}: the network's output goes through a step that is not affine and not quantized. End the model before it (apply softmax or sigmoid to "
+            f"{value.label}: the network's output goes through a step that is not affine and not quantized. End the model "
+            f"before it (apply softmax or sigmoid to "
             "the result of ql.run), or put a quantizer behind it."
         )
     edges = [g.expand(leaf, value.shape) for leaf in leaves if isinstance(leaf, Edge)]
@@ -556,10 +603,11 @@ def lower(model: nn.Module, input_shape: tuple[int, ...], input: Grid | None = N
 def convert(model: nn.Module, input_shape: tuple[int, ...], input: Grid | None = None) -> Graph:
     """The integer network of `model` (eval mode), exact for every input.
 
-    input_shape: (C, H, W) without the batch axis. input: the integer grid of the image when the model has no input quantizer of its own, e.g.
-    ql.Grid(0, 255, 1 / 255) for uint8 pixels that the model sees as v / 255. The model is not changed.
+    input_shape: (C, H, W) without the batch axis. input: the integer grid of the image when the model has no input quantizer of its
+    own, e.g. ql.Grid(0, 255, 1 / 255) for uint8 pixels that the model sees as v / 255. The model is not changed.
 
-    Raises ConversionError (a ValueError) naming the dotted path in the model and what would work: unsupported modules, real-valued weights, joins without a
-    grid, non-monotone tails on wide accumulators, NaN parameters; CaptureError for data-dependent control flow and writes in place.
+    Raises ConversionError (a ValueError) naming the dotted path in the model and what would work: unsupported modules, real-valued
+    weights, joins without a grid, non-monotone tails on wide accumulators, NaN parameters; CaptureError for data-dependent control
+    flow and writes in place.
     """
     return lower(model, input_shape, input).graph

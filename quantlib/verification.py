@@ -1,7 +1,7 @@
 """Compare an integer network with its model, code by code.
 
-The reference shares no table with the graph: the recorded model runs in float64 with every integer edge snapped to its grid, v = scale * round((v - b) / scale) + b,
-and each snap must move the value by less than 1e-6 of a step, which proves the edge's scale on the way.
+The reference shares no table with the graph: the recorded model runs in float64 with every integer edge snapped to its grid, v = scale
+* round((v - b) / scale) + b, and each snap must move the value by less than 1e-6 of a step, which proves the edge's scale on the way.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from quantlib import evaluator, ops, tails
 from quantlib.capture import CaptureError, values_of
-from quantlib.lowering import Conversion, lower
 from quantlib.ir import Graph, Grid
+from quantlib.lowering import Conversion, lower
 
 SNAP = 1e-6  # of a step: float64 noise of a sum of 10^5 terms is below 1e-10, a wrong scale is of order 1
 
@@ -28,9 +28,11 @@ class VerifyError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One integer edge: how many codes were compared and how many differ, against the snapped float64 model, plain float64 and plain float32.
+    """One integer edge: how many codes were compared and how many differ, against the snapped float64 model, plain float64 and plain
+    float32.
 
-    ties: decision points that an integer of the interval hits exactly. sensitive: thresholds so close to an integer that float32 may decide otherwise.
+    ties: decision points that an integer of the interval hits exactly. sensitive: thresholds so close to an integer that float32 may
+    decide otherwise.
     """
 
     name: str
@@ -60,7 +62,8 @@ class Mismatch:
     threshold: int | None
 
     def __str__(self) -> str:
-        text = f"{self.name} ({self.source}): image {self.image}, channel {self.channel}, pixel {self.pixel}: code {self.code}, the model has {self.expected} ({self.value:.9g})"
+        place = f"{self.name} ({self.source}): image {self.image}, channel {self.channel}, pixel {self.pixel}"
+        text = f"{place}: code {self.code}, the model has {self.expected} ({self.value:.9g})"
         if self.accumulator is not None:
             text += f"; accumulator {self.accumulator}"
         if self.threshold is not None:
@@ -70,7 +73,9 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Check:
-    """What `verify` found. ok: no code differs and every snap held; output_error: largest |ql.run - model| of the snapped model's real outputs."""
+    """What `verify` found. ok: no code differs and every snap held; output_error: largest |ql.run - model| of the snapped model's real
+    outputs.
+    """
 
     rows: tuple[Row, ...]
     first: Mismatch | None
@@ -94,11 +99,21 @@ class Check:
         return sum(r.codes for r in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, "images": self.images, "codes": self.codes, "mismatches": self.mismatches, "output_error": self.output_error,
-                "engine": self.engine, "first": None if self.first is None else asdict(self.first), "rows": [asdict(r) for r in self.rows]}  # fmt: skip
+        return {
+            "ok": self.ok,
+            "images": self.images,
+            "codes": self.codes,
+            "mismatches": self.mismatches,
+            "output_error": self.output_error,
+            "engine": self.engine,
+            "first": None if self.first is None else asdict(self.first),
+            "rows": [asdict(r) for r in self.rows],
+        }
 
     def __str__(self) -> str:
-        head = f"{'exact' if self.ok else 'NOT exact'}: {self.mismatches} of {self.codes} integer codes differ on {self.images} images ({self.engine})"
+        head = (
+            f"{'exact' if self.ok else 'NOT exact'}: {self.mismatches} of {self.codes} codes differ on {self.images} images ({self.engine})"
+        )
         widths = [max([len(str(getattr(r, k))) for r in self.rows] + [len(k)]) for k in ("name", "op", "codes")]
         lines = [f"{'name':{widths[0]}}  {'op':{widths[1]}}  {'codes':>{widths[2]}}  differ  float64  float32  ties  sensitive"]
         for r in self.rows:
@@ -145,9 +160,10 @@ def _images_of(graph: Graph, codes: Tensor) -> Tensor:
 def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     """Run model and graph on images x (as `ql.run` takes them) and compare the integer code of every quantizer and accumulator.
 
-    Returns a Check: counts per edge, the first mismatch by layer, channel, pixel, accumulator and threshold, exact ties, float32-sensitive thresholds,
-    and, for information, how many codes plain float64 and float32 evaluation of the model would have decided differently (they have no snapping, so noise at
-    exact ties shows there). Raises VerifyError when the graph was not made from this model, or when a value is off its edge's grid.
+    Returns a Check: counts per edge, the first mismatch by layer, channel, pixel, accumulator and threshold, exact ties,
+    float32-sensitive thresholds, and, for information, how many codes plain float64 and float32 evaluation of the model would have
+    decided differently (they have no snapping, so noise at exact ties shows there). Raises VerifyError when the graph was not made
+    from this model, or when a value is off its edge's grid.
     """
     t = graph.input.type
     own_grid = graph.front is not None or any(hasattr(m, "input_grid") for m in model.modules())
@@ -184,7 +200,10 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
             n = units.round()
             moved = float((units - n).abs().max())
             if not moved < SNAP:
-                raise VerifyError(f"{known.source}: a value is {moved:.3g} steps off the grid of edge {known.edge}; the edge's scale is wrong, or the model has NaN")
+                raise VerifyError(
+                    f"{known.source}: a value is {moved:.3g} steps off the grid of edge {known.edge}; the edge's scale is "
+                    f"wrong, or the model has NaN"
+                )
             if index in snaps:
                 expected[index] = (n, v)
             return scale * n + bias
@@ -217,10 +236,16 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
 def _flat(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
-    return [t for item in (tree.values() if isinstance(tree, dict) else tree) for t in _flat(item)] if isinstance(tree, dict | list | tuple) else []
+    return (
+        [t for item in (tree.values() if isinstance(tree, dict) else tree) for t in _flat(item)]
+        if isinstance(tree, dict | list | tuple)
+        else []
+    )
 
 
-def _first(graph: Graph, known: Any, values: dict[str, Tensor], got: Tensor, n: Tensor, v: Tensor, differ: Tensor, start: int, codes: Tensor) -> Mismatch:
+def _first(
+    graph: Graph, known: Any, values: dict[str, Tensor], got: Tensor, n: Tensor, v: Tensor, differ: Tensor, start: int, codes: Tensor
+) -> Mismatch:
     where = tuple(int(i) for i in differ.nonzero()[0])
     node = graph.by_name[known.edge]
     accumulator = threshold = None
@@ -234,7 +259,18 @@ def _first(graph: Graph, known: Any, values: dict[str, Tensor], got: Tensor, n: 
                 sign = int(node.op.sign[where[1] if len(node.op.sign) > 1 else 0])
                 row = node.op.thresholds[c] * sign
                 threshold = int(row[np.abs(row - accumulator).argmin()])
-    return Mismatch(known.edge, known.source, start + where[0], where[1], where[2:], int(got[where]), int(n[where]), float(v[where]), accumulator, threshold)
+    return Mismatch(
+        known.edge,
+        known.source,
+        start + where[0],
+        where[1],
+        where[2:],
+        int(got[where]),
+        int(n[where]),
+        float(v[where]),
+        accumulator,
+        threshold,
+    )
 
 
 __all__ = ["CaptureError", "Check", "Mismatch", "Row", "VerifyError", "verify"]

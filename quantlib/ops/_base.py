@@ -19,7 +19,6 @@ from quantlib.ir import GraphError, IntType
 
 if TYPE_CHECKING:
     from quantlib.hls.call import Call
-
     from quantlib.schedule import Cost, Folding
 
 Example = tuple["Op", tuple[IntType, ...]]
@@ -32,7 +31,8 @@ class Op:
 
     infer(*x)          -> IntType      shape and interval of the output; GraphError with both shapes when the inputs do not fit
     evaluate(*x)       -> Tensor       the definition: (N, *shape) integers in any carrier dtype (int64, float32, float64) -> the same dtype
-    magnitude(*x)      -> int          bound on the absolute value of every intermediate and result of evaluate: what a carrier must hold exactly
+    magnitude(*x)      -> int          bound on the absolute value of every intermediate and result of evaluate: what a carrier must hold
+    exactly
     hls(x, y, folding) -> Call         header, function, template arguments and tables of the kernel: data, not text
     cost(x, y, folding)-> Cost         LUT, FF, DSP, BRAM18, URAM and cycles per image; the formula cites its source
     examples()         -> [(op, types)] small, odd sizes, extreme ranges: what the generic tests run on
@@ -79,7 +79,8 @@ class Op:
         raise NotImplementedError
 
     def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
-        """(P, S): a folding is legal where pe divides P and simd divides S. Ops without weights work on pe channels of the output per cycle."""
+        """(P, S): a folding is legal where pe divides P and simd divides S. Ops without weights work on pe channels of the "
+        "output per cycle."""
         return y.shape[0], 1
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:

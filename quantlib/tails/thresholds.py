@@ -1,0 +1,113 @@
+"""One source before a quantizer, stored as thresholds, as a multiply-shift or as a table."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from quantlib import ops
+from quantlib.ir import Grid, IntType
+from quantlib.tails.expressions import ConversionError, Edge, Map, evaluate, every, monotone, occurrences
+from quantlib.tails.multiply_shift import fit_between, fit_lines
+from quantlib.tails.probing import codes_of, compress, integers, real_of, snap_codes, units_of
+
+ENUMERATE = 4096  # integers of an interval that are always run one by one
+FEW_LEVELS = 31  # up to here a quantizer's output is stored as thresholds; above, a proven multiply-shift is preferred
+TABLE_LIMIT = 1 << 20  # entries of the largest table that is worth storing
+PROBE_LIMIT = 1 << 25  # (integer, channel) pairs over which a multiply-shift is proven one by one
+MANY_INTEGERS = 1 << 16  # the same where a tail is not declared monotone, and bisection would be wrong
+
+
+def enumerated(value: Map, edge: Edge, grid: Grid) -> ops.Op:
+    """Every integer of the interval, one by one."""
+    t = edge.type
+    narrow = every(value, "uniform") and np.asarray(t.scale).size == 1 and np.asarray(grid.scale).size == 1
+    channels = 1 if narrow else t.shape[0]
+    if t.levels * channels > PROBE_LIMIT:
+        raise ConversionError(
+            f"{value.label}: {grid.levels} output levels on an accumulator of {t.levels} integers ({t}); use fewer output "
+            f"bits, or a FixedPoint step in between"
+        )
+    n = integers(t)
+    lines = grid.step == 1 and grid.levels - 1 > FEW_LEVELS and value.pre is not None and len(n) > 2
+    pieces = []  # of (P, C), or (P, 1) where all channels share one function
+    for p in np.array_split(n, -(-len(n) * channels // (1 << 20))):
+        env = {edge.name: real_of(edge, p[:, None], narrow)}
+        inner = {id(a): evaluate(a, env) for a in value.args}
+        real = [inner[id(a)] for a in value.args]
+        with torch.no_grad():
+            codes = snap_codes(value, value.fn(*real), grid, narrow)
+            pieces.append((codes, units_of(value, value.pre(*real), grid, narrow) if lines and value.pre else codes))
+    codes, units = (np.concatenate([p[k] for p in pieces]) for k in (0, 1))
+    difference = np.diff(codes, axis=0)
+    rising, falling = (difference >= 0).all(0), (difference <= 0).all(0)
+    is_monotone = bool((rising | falling).all())
+    if grid.levels - 1 <= FEW_LEVELS and is_monotone:
+        return threshold_op(*compress(*thresholds_of(codes, n, rising, grid, t)), grid)
+    if lines:
+        op = fit_lines(n, codes, units, grid)
+        if op is not None:
+            return op
+    if is_monotone and grid.levels - 1 <= 255 and grid.levels < len(n):
+        return threshold_op(*compress(*thresholds_of(codes, n, rising, grid, t)), grid)
+    (table,) = compress(np.ascontiguousarray(codes.T))
+    if table.size > TABLE_LIMIT:
+        raise ConversionError(
+            f"{value.label}: the function from accumulator to code is {'no multiply-shift' if is_monotone else 'not monotone'} "
+            f"and its table would have "
+            f"{table.size} entries; use fewer bits, a FixedPoint step, or a monotone activation"
+        )
+    return ops.Lut(table, t.lo, t.step, grid.step)
+
+
+def threshold_op(thresholds: np.ndarray, sign: np.ndarray, grid: Grid) -> ops.Op:
+    return ops.Threshold(thresholds, sign[:, 0], grid.lo, grid.step)
+
+
+def thresholds_of(codes: np.ndarray, n: np.ndarray, rising: np.ndarray, grid: Grid, t: IntType) -> tuple[np.ndarray, np.ndarray]:
+    """From codes (P, C) that are monotone in n (P,): thresholds (C, L) on sign * n, and sign (C, 1). Never true: one above the interval."""
+    sign = np.where(rising, 1, -1)
+    ordered = np.where(rising, codes, codes[::-1])
+    signed = np.where(rising, n[:, None], -n[::-1, None])  # (P, C), ascending
+    levels = grid.lo + grid.step * np.arange(1, grid.levels)
+    first = np.stack([(ordered < level).sum(0) for level in levels], axis=1)  # (C, L)
+    above = np.concatenate([signed, signed[-1:] + 1]).T
+    return np.take_along_axis(above, first, axis=1), sign[:, None]
+
+
+def bisected(value: Map, edge: Edge, grid: Grid) -> ops.Op:
+    """All (channel, level) at once; only where the tail is declared monotone."""
+    t = edge.type
+    if not np.all(monotone(value)) or occurrences(value, edge) != 1:
+        raise ConversionError(
+            f"{value.label}: a step that is not known to be monotone follows an accumulator of {t.levels} integers ({t}), too "
+            f"many to run one by one "
+            f"(limit {MANY_INTEGERS}); use a monotone activation (PReLU slopes >= 0), or a FixedPoint or other quantizer right "
+            f"after the accumulator"
+        )
+    channels, count = value.shape[0], grid.levels - 1
+    low, high = codes_of(value, {edge.name: real_of(edge, np.array([[t.lo], [t.hi]]))}, grid)
+    sign = np.where(high < low, -1, 1)[:, None]
+    levels = grid.lo + grid.step * np.arange(1, grid.levels)
+    # invariant: code(sign * n) < level at `below`, >= level at `above`; the ends are virtual.
+    low_end, high_end = np.where(sign > 0, t.lo, -t.hi), np.where(sign > 0, t.hi, -t.lo)
+    below, above = np.broadcast_to(low_end - 1, (channels, count)).copy(), np.broadcast_to(high_end + 1, (channels, count)).copy()
+    while (above - below > 1).any():
+        middle = (below + above) // 2
+        middle = np.clip(middle, low_end, high_end)
+        codes = codes_of(value, {edge.name: real_of(edge, (sign * middle).T)}, grid).T
+        reached = codes >= levels
+        open_ = above - below > 1
+        above = np.where(open_ & reached, middle, above)
+        below = np.where(open_ & ~reached, middle, below)
+    if count > FEW_LEVELS and grid.step == 1 and value.pre is not None:
+        op = fit_between(value, edge, above, sign, low_end, high_end, grid)
+        if op is not None:
+            return op
+    if count > FEW_LEVELS and above.size > TABLE_LIMIT:
+        raise ConversionError(
+            f"{value.label}: no multiply-shift gives its {grid.levels} levels, and {above.size} thresholds are too many; use "
+            f"fewer output bits"
+        )
+    thresholds, sign = compress(above, sign)
+    return threshold_op(thresholds, sign, grid)
