@@ -15,7 +15,8 @@ from quantlib.ir import Graph, GraphError, IntType
 from quantlib.schedule import Folding
 
 Array = np.ndarray
-SHALLOW = 2  # depth of a wire that only couples neighbours
+SHALLOW = 2  # depth of a wire inside an op
+COUPLING = 32  # depth behind a width converter: evens out the bursts of its other side, and fits one shift register per bit
 
 
 @dataclass
@@ -118,7 +119,7 @@ class _Builder:
         if have % lanes and lanes % have:
             return self.convert(self.convert(w, lcm(have, lanes), f"{label}_wide", node), lanes, label, node)
         total = w.port.words * have
-        y = self.wire(label, Port(w.port.ctype, lanes, total // lanes))
+        y = self.wire(label, Port(w.port.ctype, lanes, total // lanes), COUPLING)
         if lanes > have:
             ratio, words = lanes // have, total // have
             self.glue(f"{label}_gather", node, "ql::gather", words, w, (y,), lambda: (ratio * np.arange(1, words // ratio + 1),))
@@ -197,27 +198,54 @@ def build(graph: Graph, foldings: Mapping[str, Folding], depths: Mapping[str, tu
 def required(net: Netlist) -> dict[str, int]:
     """Depths, by wire, that FIFOs into stages with several inputs need so that the network cannot deadlock.
 
-    Time is counted in words that have entered the network, every stage running as far as it can in between: word k of a stage exists at the
-    latest of the times at which the input words it demands exist. A FIFO into a join then holds at most what has arrived up to a time and was
-    not yet consumed before it. Whether a dataflow network with blocking reads and writes stops does not depend on the order in which its stages
-    run, so depths that suffice for this order suffice for all. Images do not overlap inside a kernel, so one image tells everything.
+    For each such join, time is counted in words of the nearest wire through which all its inputs come (its dominator: the input of the fork, for a
+    residual block), every stage between running as far as it can after each word: word k of a stage exists at the latest of the times at which the
+    input words it demands exist. A FIFO into the join then holds at most what has arrived up to a time and was not consumed before it. Whether a
+    dataflow network with blocking reads and writes stops does not depend on the order in which its stages run, so depths that suffice for this
+    order (an inner region runs to its end between two words of an outer one) suffice for all. Images do not overlap inside a kernel, so one image
+    tells everything.
     """
-    if all(len(s.inputs) == 1 for s in net.stages):
-        return {}
-    time: dict[str, Array] = {net.input.wire.name: np.arange(1, net.input.wire.port.words + 1, dtype=np.int32)}
+    above: dict[str, str | None] = {net.input.wire.name: None}  # the dominator tree
+    level: dict[str | None, int] = {None: -1, net.input.wire.name: 0}
     depths: dict[str, int] = {}
-    for s in net.stages:
-        demand, arrivals = s.demand(), [time.pop(w.name) for w in s.inputs]
+    for number, s in enumerate(net.stages):
+        top: str | None = s.inputs[0].name
+        for w in s.inputs[1:]:
+            other: str | None = w.name
+            while top != other:
+                if level[top] >= level[other]:
+                    top = above[top] if top else None
+                else:
+                    other = above[other] if other else None
+        for w in s.outputs:
+            above[w.name], level[w.name] = top, level[top] + 1
+        if len(s.inputs) > 1:
+            assert top is not None
+            _join_depths(net, number, top, depths)
+    return depths
+
+
+def _join_depths(net: Netlist, number: int, start: str, depths: dict[str, int]) -> None:
+    words = next(w.port.words for w in net.wires if w.name == start)
+    time: dict[str, Array] = {start: np.arange(1, words + 1, dtype=np.int32)}
+    for s in net.stages[: number + 1]:
+        if not all(w.name in time for w in s.inputs):
+            continue
+        demand, arrivals = s.demand(), [time[w.name] for w in s.inputs]
         ready = np.zeros(len(demand[0]), dtype=np.int32)
         for need, arrival in zip(demand, arrivals, strict=True):
             ready = np.maximum(ready, np.where(need > 0, arrival[np.maximum(need, 1) - 1], 0))
         ready = np.maximum.accumulate(ready)
         for w in s.outputs:
             time[w.name] = ready
-        if len(s.inputs) > 1:
-            for w, need, arrival in zip(s.inputs, demand, arrivals, strict=True):
-                # word j is consumed when the first output that demands more than j words is written
-                taken = ready[np.minimum(np.searchsorted(need, np.arange(1, len(arrival) + 1)), len(ready) - 1)]
-                waiting = np.searchsorted(arrival, arrival, side="right") - np.searchsorted(taken, arrival, side="left")
-                depths[w.name] = max(SHALLOW, int(waiting.max()) + 1)
-    return depths
+    exact, loose = [], []
+    for need, arrival in zip(demand, arrivals, strict=True):
+        # word j is consumed when the first output that demands more than j words is written
+        taken = ready[np.minimum(np.searchsorted(need, np.arange(1, len(arrival) + 1)), len(ready) - 1)]
+        arrived = np.searchsorted(arrival, arrival, side="right")
+        exact.append(int((arrived - np.searchsorted(taken, arrival, side="right")).max()))
+        loose.append(int((arrived - np.searchsorted(taken, arrival, side="left")).max()))
+    # one input, the lagging one, may run last within a step, and its words are then taken one by one; all others count as arriving before any is taken
+    last = int(np.argmax(np.array(loose) - np.array(exact)))
+    for i, w in enumerate(s.inputs):
+        depths[w.name] = max(SHALLOW, 1 + (exact if i == last else loose)[i])

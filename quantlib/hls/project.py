@@ -80,10 +80,12 @@ class Project:
     def simulate(self, codes: np.ndarray, mode: str = "fast", depths: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
         """Integers in, integers out: codes (N, *shape) -> edge -> (N, *shape)."""
         library = self._library(MODES[mode])
-        for w in self.net.wires:
-            forced = (depths or {}).get(w.name, 0)
-            if not library.ql_depth(w.name.encode(), forced) and forced and mode != "fast" and self.last is not None:
-                raise KeyError(f"there is no FIFO {w.name}")
+        names = {w.name for w in self.net.wires}
+        for name in depths or {}:
+            if name not in names:
+                raise KeyError(f"there is no FIFO {name}; there are {', '.join(sorted(names))}")
+        for name in names:
+            library.ql_depth(name.encode(), (depths or {}).get(name, 0))
         inputs = writer.to_stream(codes, self.net.input.type)
         outputs = [np.empty((len(codes), p.type.numel), dtype=np.int64) for p in self.net.outputs]
         pointers = (ctypes.c_void_p * len(outputs))(*(o.ctypes.data for o in outputs))

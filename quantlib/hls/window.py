@@ -65,8 +65,14 @@ class Window:
         return min((self.kernel[0] - 1) * self.dilation[0] + 1 + self.stride[0], self.x.shape[1])
 
     def demand(self) -> tuple[np.ndarray]:
-        at = np.arange(self.out_words)
-        return (np.concatenate([self.need(r) * self.row_words + np.minimum(at, self.reads(r)) for r in range(self.out[0])]),)
+        """Within the phase of an output row, writes and reads are spread evenly over its iterations, a write coming before the read of its iteration."""
+        rows = []
+        for r in range(self.out[0]):
+            reads, words = self.reads(r), self.out_words
+            length = max(reads, words)
+            iteration = -(-np.arange(1, words + 1, dtype=np.int64) * length // words) - 1
+            rows.append(self.need(r) * self.row_words + iteration * reads // length)
+        return (np.concatenate(rows),)
 
     def stage(self) -> Kernel:
         _, h, w = self.x.shape

@@ -43,6 +43,9 @@ class Input(Op):
     def magnitude(self, *x: IntType) -> int:
         return max(abs(self.lo), abs(self.hi))
 
+    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
+        return 1, 1
+
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """No kernel: the writer feeds the stream from the bus."""
         return Call()

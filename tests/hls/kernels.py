@@ -68,7 +68,7 @@ def source(case: Case, number: int, folder: Path) -> str:
     feeds = [f'    QL_STAGE("source{i}", ql::source(in[{i}], {w.name}, uint64_t({w.port.words}), images));' for i, w in enumerate(inputs)]
     sink = f'    QL_STAGE("sink", ql::sink({ends[0].name}, out, uint64_t({ends[0].port.words}), &times[0], images));'
     return "\n".join([f"static void case_{number}(const int64_t* const* in, int64_t* out, unsigned images) {{",
-                      "    std::vector<std::vector<uint64_t>> times(1);", *streams, "    ql::reset(QL_MODE != 0);", *feeds, *lines, sink, "    QL_RUN();",
+                      "    std::vector<std::vector<uint64_t>> times(1);", *streams, *feeds, *lines, sink, "    QL_RUN();",
                       "    last_report = ql::report(times, std::string());", "}"])  # fmt: skip
 
 

@@ -30,6 +30,9 @@ struct Geometry {
 };
 
 // Writes every window's taps; taps outside the image are PAD. Iterations per image: G::iterations().
+//
+// After the rows the first window needs, one phase per output row: it writes that row and reads what the next one needs, both spread evenly over its
+// iterations, so that a neighbour that is as fast is never held up by a burst.
 template <typename G, unsigned H, unsigned W, unsigned GROUPS, unsigned PARTS, unsigned KH, unsigned KW, unsigned SH, unsigned SW, unsigned PT, unsigned PL,
           unsigned DH, unsigned DW, unsigned OH, unsigned OW, int PAD, typename T, unsigned N>
 void window_loop(hls::stream<Word<T, N>>& in, hls::stream<Word<T, N>>& out, unsigned images) {
@@ -43,7 +46,8 @@ void window_loop(hls::stream<Word<T, N>>& in, hls::stream<Word<T, N>>& out, unsi
 #pragma HLS UNROLL
         outside.v[p] = T(PAD);
     }
-    unsigned to_read = 0, to_write = 0;          // words left in this phase
+    unsigned to_read = 0, to_write = 0, length = 0;  // of this phase: words and iterations
+    unsigned read_share = 0, write_share = 0, step = 0;
     unsigned read_row = 0, read_slot = 0, at = 0;  // where the next word goes
     unsigned oy = 0, ox = 0, g = 0, u = 0, v = 0, part = 0;
     int base_row = 0, base_col = 0, row = 0, col = 0;
@@ -60,6 +64,8 @@ windows:
             filling = G::fill() > 0;
             to_read = filling ? G::fill() : G::reads(0);
             to_write = filling ? 0 : G::OUT;
+            length = to_read > to_write ? to_read : to_write;
+            read_share = write_share = step = 0;
             read_row = read_slot = at = 0;
             oy = ox = g = u = v = part = 0;
             base_row = row = -int(PT);
@@ -67,11 +73,12 @@ windows:
             // the ring position of a row above the image is that of the row a whole number of rings below
             base_slot = slot = (ROWS - PT % ROWS) % ROWS;
         }
-        if (to_write) {
+        write_share += to_write;
+        if (write_share >= length) {
+            write_share -= length;
             const bool inside = row >= 0 && row < int(H) && col >= 0 && col < int(W);
             const unsigned from = ROWS == H ? unsigned(row) : slot;
             out.write(inside ? rows[inside ? from : 0][inside ? (unsigned(col) * GROUPS + g) * PARTS + part : 0] : outside);
-            --to_write;
             if (++part == PARTS) {
                 part = 0;
                 col += int(DW);
@@ -103,26 +110,26 @@ windows:
                 }
             }
         }
-        if (to_read) {
+        read_share += to_read;
+        if (read_share >= length) {
+            read_share -= length;
             const Word<T, N> word = in.read();
             if (read_row < G::need(int(OH) - 1)) rows[ROWS == H ? read_row : read_slot][at] = word;
-            --to_read;
             if (++at == G::ROW) {
                 at = 0;
                 ++read_row;
                 if (++read_slot == ROWS) read_slot = 0;
             }
         }
-        if (!to_read && !to_write) {
-            if (filling) {
-                filling = false;
-                to_read = G::reads(0);
-                to_write = G::OUT;
-            } else if (++oy == OH) {
+        if (++step == length) {
+            step = 0;
+            if (!filling && ++oy == OH) {
                 start = true;
             } else {
+                filling = false;
                 to_read = G::reads(oy);
                 to_write = G::OUT;
+                length = to_read > to_write ? to_read : to_write;
             }
         }
     }

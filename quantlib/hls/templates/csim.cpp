@@ -14,7 +14,9 @@ std::string last_report;
 
 void simulate(const int64_t* in, int64_t* const* out, std::vector<std::vector<uint64_t>>& times, unsigned images) {
 $ports
-    ql::reset(QL_MODE != 0);
+#if QL_MODE == 0
+    ql::reset(false);
+#endif
 $calls
     QL_RUN();
 }
@@ -44,14 +46,11 @@ $advance
 }
 QL_EXPORT void ql_report(char* to) { std::memcpy(to, last_report.data(), last_report.size()); }
 QL_EXPORT int ql_load(const char* folder) { return load_tables(folder); }
-// Another depth for one FIFO, by name; 0 when there is no such FIFO.
-QL_EXPORT int ql_depth(const char* name, uint64_t depth) {
-    int found = 0;
-    for (ql::Channel* c : ql::channels())
-        if (c->name == name) {
-            c->forced = depth;
-            found = 1;
-        }
-    return found;
+// Another depth for one FIFO, by name; 0 takes the experiment back.
+QL_EXPORT void ql_depth(const char* name, uint64_t depth) {
+    if (depth)
+        ql::forced()[name] = depth;
+    else
+        ql::forced().erase(name);
 }
 }

@@ -6,7 +6,7 @@
 //            a write into a full FIFO for the cycle after the read that made room.
 #pragma once
 #include <cstdint>
-#include <cstdio>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -24,7 +24,6 @@ struct Channel {
     std::string name;
     uint64_t depth = 0;     // 0: no bound
     uint64_t declared = 0;  // what the generated source asks for
-    uint64_t forced = 0;    // what an experiment asks for instead
     uint64_t head = 0, tail = 0, mark = 0;
     Stage* reader = nullptr;  // a stage that waits for data
     Stage* writer = nullptr;  // a stage that waits for room
@@ -52,12 +51,18 @@ inline std::vector<Channel*>& channels() {
     return all;
 }
 
+// Depths an experiment asks for instead of the declared ones, by name.
+inline std::map<std::string, uint64_t>& forced() {
+    static std::map<std::string, uint64_t> depths;
+    return depths;
+}
+
 // Empties every stream and sets its bound: 0 none, otherwise the declared depth.
 inline void reset(bool bounded) {
     for (Channel* c : channels()) {
         c->head = c->tail = c->mark = 0;
         c->reader = c->writer = nullptr;
-        c->depth = bounded ? (c->forced ? c->forced : c->declared) : 0;
+        c->depth = !bounded ? 0 : forced().count(c->name) ? forced()[c->name] : c->declared;
     }
 }
 
@@ -159,6 +164,6 @@ template <typename T> class stream : public ql::Channel {
 #else
 #define QL_CYCLE() ql::scheduler().tick()
 #define QL_STAGE(label, ...) ql::scheduler().add(label, [&, images]() { __VA_ARGS__; })
-#define QL_RUN() ql::scheduler().run()
+#define QL_RUN() (ql::reset(true), ql::scheduler().run())
 #endif
 #define QL_DEPTH(s, n) (s).declared = (n)
