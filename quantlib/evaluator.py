@@ -145,7 +145,7 @@ def _exact() -> Iterator[None]:
 
 def execute(graph: Graph, codes: Tensor, keep: Iterable[str]) -> dict[str, Tensor]:
     """Evaluate on input codes (N, *shape) int64; returns the edges named in `keep` as int64 (N, *shape)."""
-    wanted = set(keep)
+    wanted = dict.fromkeys(keep)
     plan = [(node, carrier(graph, node)) for node in graph.nodes[1:]]
     last = {i: k for k, (node, _) in enumerate(plan) for i in node.inputs}
     pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
