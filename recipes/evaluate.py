@@ -115,7 +115,7 @@ def integers(config: Config, model: torch.nn.Module, graph: ql.Graph, data: Any,
     if config.verify_images:
         check = ql.verify(model, graph, data.codes[: config.verify_images])
         result["verify"] = check.to_dict()
-        rows.append(("codes that differ, integers against model", f"{check.mismatches:,} of {check.codes:,}"))
+        rows.append(("integers differing from the model", f"{check.mismatches:,} of {check.codes:,}"))
     if config.cpp_images >= 0:
         part = data[: config.cpp_images] if config.cpp_images else data
         hls = ql.export(graph, Path(config.out) / "hls", part=config.part)
@@ -125,7 +125,7 @@ def integers(config: Config, model: torch.nn.Module, graph: ql.Graph, data: Any,
         result["cpp_images"] = len(part)
         result["cpp_mismatches"] = sum(int((ours[edge] != theirs[edge]).sum()) for edge in ours)
         score = f"{100 * result['accuracy']['cpp']:.2f} %  ({len(part)} images, {time.perf_counter() - start:.1f} s with compilation)"
-        rows += [("accuracy in C++", score), ("integers that differ, C++ against integers", f"{result['cpp_mismatches']:,}")]
+        rows += [("accuracy in C++", score), ("C++ differing from the integers", f"{result['cpp_mismatches']:,}")]
     return rows
 
 

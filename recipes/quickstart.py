@@ -39,7 +39,6 @@ class Config:
     batch: int = 64
     lr: float = 5e-3
     shift: int = 1  # pixels of random displacement while training
-    gate_target: float = 1.0  # where the gating thresholds are pulled to
     seed: int = 0
     threads: int = 1  # maps of 8x8 pixels are too small to share among cores
     train_images: int = 1437
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     with stage("train"):
         model = zoo.get(config.network)
-        settings = Fit(config.epochs, config.batch, config.lr, shift=config.shift, gate_target=config.gate_target, seed=config.seed)
+        settings = Fit(config.epochs, config.batch, config.lr, shift=config.shift, seed=config.seed)
         curve = fit(model, train, test, settings, title=config.network)
         y_float = predictions(model, test)
 
@@ -122,14 +121,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any], plan: Any, check: Any) -> Table:
-    rows = Table(title=f"{plan.network} on {plan.part}", show_header=False, min_width=72)
+    rows = Table(title=f"{result['config']['network']} on {plan.part}", show_header=False)
     scores, images = result["accuracy"], result["images"]
-    rows.add_row("accuracy float / integer / C++", " / ".join(f"{100 * scores[k]:.2f} %" for k in ("float", "integer", "cpp")))
-    rows.add_row("images test / C++", f"{images['test']} / {images['cpp']}")
-    rows.add_row("codes that differ, integers against model", f"{check.mismatches:,} of {check.codes:,}")
-    rows.add_row("integers that differ, C++ against integers", f"{sum(result['cpp_mismatches'].values()):,}")
-    rows.add_row("cycles per image, frames per second", f"{plan.cycles:,}, {plan.fps:,.0f} at {plan.clock_mhz:g} MHz")
-    rows.add_row("LUT / FF / DSP / BRAM18", f"{plan.total.lut:,} / {plan.total.ff:,} / {plan.total.dsp:,} / {plan.total.bram18:,}")
+    rows.add_row("accuracy float, integer, C++", ", ".join(f"{100 * scores[k]:.2f} %" for k in ("float", "integer", "cpp")))
+    rows.add_row("images tested, in C++", f"{images['test']}, {images['cpp']}")
+    rows.add_row("integers differing from the model", f"{check.mismatches:,} of {check.codes:,}")
+    rows.add_row("C++ differing from the integers", f"{sum(result['cpp_mismatches'].values()):,}")
+    rows.add_row("cycles per image, frames/s", f"{plan.cycles:,}, {plan.fps:,.0f} at {plan.clock_mhz:g} MHz")
+    rows.add_row("LUT, FF, DSP, BRAM18", f"{plan.total.lut}, {plan.total.ff}, {plan.total.dsp}, {plan.total.bram18}")
     rows.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
     return rows
 
@@ -170,20 +169,28 @@ def training_plot(curve: list[Epoch]) -> Any:
 
 
 def thresholds_section(graph: Any) -> str:
-    """The gates of the last gated convolution, and the decision points of the quantizer in front of it."""
-    gated = [n for n in graph if type(n.op).__name__ == "FractionalConv2d"][-1]
-    quantizer = graph.by_name[gated.inputs[0]]
-    plot, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
-    points = quantizer.op.thresholds
-    for k, column in enumerate(points.T):
-        left.plot(range(len(column)), column, "o", label=f"code {quantizer.op.lo + quantizer.op.step * (k + 1)}")
-    left.set(xlabel="channel" if len(points) > 1 else "all channels", ylabel="least integer", title=quantizer.name)
-    left.legend()
-    right.bar(range(len(gated.op.gate)), gated.op.gate)
-    right.set(xlabel="output channel", ylabel="gate: least sum of signs", title=gated.name)
-    plot.tight_layout()
+    """Where, on the sums of the first convolution, each channel's two-bit code changes: measured on every sum, as the tables are."""
+    quantizer = next(n for n in graph if type(n.op).__name__ == "Threshold")
+    chain = [quantizer]
+    while type(graph.by_name[chain[0].inputs[0]].op).__name__ == "Requant":
+        chain.insert(0, graph.by_name[chain[0].inputs[0]])
+    sums = graph.by_name[chain[0].inputs[0]].type
+    integers = torch.arange(sums.lo, sums.hi + 1, sums.step)
+    codes = integers.reshape(-1, 1, 1, 1).expand(-1, sums.shape[0], 1, 1)
+    for node in chain:
+        codes = node.op.evaluate(codes)
+    codes = codes[:, :, 0, 0]
+    where, channel = torch.nonzero(codes[1:] != codes[:-1], as_tuple=True)
+
+    plot, axes = plt.subplots(figsize=(9, 3.2))
+    for code in codes[where + 1, channel].unique().tolist():
+        chosen = codes[where + 1, channel] == code
+        axes.plot(channel[chosen], integers[where + 1][chosen], "o", label=f"from here {code}")
+    axes.set(xlabel="channel", ylabel=f"sum, {sums.lo}..{sums.hi}", xticks=range(sums.shape[0]))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     plt.close(plot)
-    return figure(plot, "Integer thresholds of the quantizer, and the gate above which a channel's second bit is computed.")
+    names = " -> ".join([graph.by_name[chain[0].inputs[0]].name, *(n.name for n in chain)])
+    return figure(plot, f"{names}: the least sum at which a channel's code changes.")
 
 
 def confusion_plot(counts: np.ndarray) -> Any:
