@@ -52,7 +52,7 @@ def encode(graph: Graph, x: Any) -> Tensor:
     """
     t = graph.input.type
     try:
-        x = x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+        x = x if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements=["C", "W"]))
     except TypeError as error:
         raise InputError(f"images are a torch tensor or a numpy array of integers or floats: {error}") from None
     wanted = f"(N, {', '.join(map(str, t.shape))})"
@@ -154,8 +154,6 @@ def execute(graph: Graph, codes: Tensor, keep: Iterable[str]) -> dict[str, Tenso
             values: dict[str, Tensor] = {graph.input.name: part}
             for k, (node, dtype) in enumerate(plan):
                 inputs = [values[i].to(dtype) for i in node.inputs]
-                if node.name in values:
-                    continue
                 values[node.name] = node.op.evaluate(*inputs)
                 for i in set(node.inputs):
                     if last[i] == k and i not in wanted:

@@ -157,6 +157,26 @@ def _images_of(graph: Graph, codes: Tensor) -> Tensor:
     return torch.from_numpy(rows[channels, index].astype(np.float64))
 
 
+def _same_meaning(graph: Graph, fresh: Graph) -> None:
+    """Codes can only be compared where both graphs give them the same real meaning: nodes, scales and decodes."""
+    again = "the graph was made from another state of this model, or was changed; convert again"
+    for node in fresh:
+        if node.name not in graph.by_name:
+            raise VerifyError(f"the graph was not made from this model: it has no node {node.name}")
+        t = graph.by_name[node.name].type
+        if t.shape != node.type.shape:
+            raise VerifyError(f"{node.name}: its shape is {t.shape}, the model's is {node.type.shape}: {again}")
+        if not t.same_scale(node.type):
+            ours, theirs = (float(np.asarray(s.scale).reshape(-1)[0]) for s in (t, node.type))
+            raise VerifyError(f"{node.name}: its scale is {ours:.9g}, the model's is {theirs:.9g}: {again}")
+    if len(graph.decodes) != len(fresh.decodes):
+        raise VerifyError(f"the graph has {len(graph.decodes)} outputs, the model {len(fresh.decodes)}: {again}")
+    for k, (a, b) in enumerate(zip(graph.decodes, fresh.decodes, strict=True)):
+        arrays = zip((*a.gains, a.bias), (*b.gains, b.bias), strict=False)
+        if (a.inputs, a.shape) != (b.inputs, b.shape) or not all(np.array_equal(i, j) for i, j in arrays):
+            raise VerifyError(f"output {k}: its gain, bias or shape is not that of the model: {again}")
+
+
 def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     """Run model and graph on images x (as `ql.run` takes them) and compare the integer code of every quantizer and accumulator.
 
@@ -168,9 +188,7 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     t = graph.input.type
     own_grid = graph.front is not None or any(hasattr(m, "input_grid") for m in model.modules())
     conversion = lower(model, t.shape, None if own_grid else Grid(t.lo, t.hi, t.scale, t.step))
-    missing = [n.name for n in conversion.graph if n.name not in graph.by_name]
-    if missing:
-        raise VerifyError(f"the graph was not made from this model: it has no node {missing[0]}")
+    _same_meaning(graph, conversion.graph)
     codes = evaluator.encode(graph, x).cpu()
     if graph.front is None:
         real = codes.double() * torch.tensor(np.asarray(t.scale), dtype=torch.float64)
