@@ -82,7 +82,7 @@ def grid_of(quantize: Callable[[Tensor], Any], shape: tuple[int, ...], label: st
     return Grid(lo, hi, scale / division, max(step, 1))
 
 
-def weight_codes(module: nn.Module, label: str) -> tuple[np.ndarray, np.ndarray]:
+def weight_codes(module: Any, label: str) -> tuple[np.ndarray, np.ndarray]:
     """Integer weights and their per-output-channel scale (O,) of a Brevitas layer: code = round(value / scale), zero point already out."""
     from quantlib.tails import ConversionError
 
@@ -188,7 +188,7 @@ def _trunc_pool(g: Lowering, module: Any, x: Value) -> Value:
     edge = g.integer(x)
     pool = nn.AdaptiveAvgPool2d if isinstance(module, nn.AdaptiveAvgPool2d) else nn.AvgPool2d
     with torch.no_grad():
-        average = pool.forward(module, quant._replace(value=torch.zeros(1, *edge.shape, dtype=torch.float64)))
+        average: Any = pool.forward(module, quant._replace(value=torch.zeros(1, *edge.shape, dtype=torch.float64)))
     summed = g.sum_pool_module(module, edge, scale=float(average.scale.reshape(-1)[0]))
 
     def run(t: Tensor) -> Tensor:
@@ -204,6 +204,7 @@ def _trunc_pool(g: Lowering, module: Any, x: Value) -> Value:
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The lowering rule of a brevitas.nn layer (or of a subclass that keeps its forward), or None."""
+    kind: Any
     for kind, rule in RULES:
         if isinstance(module, kind):
             return rule if type(module).forward is kind.forward else None

@@ -385,7 +385,7 @@ _PASS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, n
 _MOVES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 
 
-def lower_module(g: Lowering, m: nn.Module, x: Value) -> Value:
+def lower_module(g: Lowering, m: Any, x: Value) -> Value:
     """Lower a torch.nn layer; ConversionError with the dotted path and what is supported when there is no rule."""
     if isinstance(m, _PASS):
         return x

@@ -133,9 +133,10 @@ def _exact() -> Iterator[None]:
         if torch.cuda.is_available():
             stack.enter_context(torch.autocast("cuda", enabled=False))
         saved = []
-        for owner in (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv, torch.backends.cuda.matmul):
+        owners: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn, torch.backends.cuda)
+        for owner in (owners[0].conv, owners[0].matmul, owners[1].conv, owners[2].matmul):
             saved.append((owner, owner.fp32_precision))
-            owner.fp32_precision = "ieee"  # type: ignore[assignment]
+            owner.fp32_precision = "ieee"
         try:
             yield
         finally:

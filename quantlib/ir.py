@@ -7,10 +7,10 @@ n = 0 and zero padding is always right (docs/integer_semantics.md).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Grid:
 
     lo: int
     hi: int
-    scale: np.ndarray | float = 1.0
+    scale: Any = 1.0  # any array-like on the way in, a read-only float64 array afterwards
     step: int = 1
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class IntType:
     shape: tuple[int, ...]
     lo: int
     hi: int
-    scale: np.ndarray | float = field(default=1.0)
+    scale: Any = 1.0  # as in Grid
     step: int = 1
 
     def __post_init__(self) -> None:

@@ -315,7 +315,7 @@ class Lowering:
     def sum_pool_module(self, module: nn.Module, edge: Edge, scale: float) -> Edge:
         return self.integer(_torch.mean_pool_module(self, module, edge, scale))
 
-    def pad(self, x: Value, before: tuple[int, ...], after: tuple[int, ...]) -> Value:
+    def pad(self, x: Value, before: tuple[int, int, int], after: tuple[int, int, int]) -> Value:
         if not any((*before, *after)):
             return x
         shape = tuple(b + s + a for b, s, a in zip(before, x.shape, after, strict=True))
@@ -323,7 +323,7 @@ class Lowering:
             x = self.integer(x)
         return self._move("pad", lambda g, e: g._padded(e, before, after), (x,), shape)
 
-    def _padded(self, edge: Edge, before: tuple[int, ...], after: tuple[int, ...]) -> Edge:
+    def _padded(self, edge: Edge, before: tuple[int, int, int], after: tuple[int, int, int]) -> Edge:
         scale = edge.type.scale
         if np.asarray(scale).size > 1 and (before[0] or after[0]):
             full = np.broadcast_to(scale, edge.shape)[:, :1, :1]
@@ -531,7 +531,7 @@ def _bind(out: Any, result: Any, slots: list[tuple[int, Value]]) -> None:
             _bind(o, r, slots)
 
 
-def _lower_module(g: Lowering, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _lower_module(g: Lowering, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(args[0] if args else None, RealInput) and hasattr(module, "input_grid"):
         edge = g.input(module.input_grid())
         g.env[0] = edge
@@ -544,6 +544,12 @@ def _lower_module(g: Lowering, module: nn.Module, args: tuple[Any, ...], kwargs:
     if rule is not None:
         return rule(g, module, *args, **kwargs)
     return _torch.lower_module(g, module, *args, **kwargs)
+
+
+def own_grid(model: nn.Module) -> Grid | None:
+    """The image grid that a layer of the model states for raw image codes (ThermometerEncoder), if any."""
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "input_grid")]
+    return layers[0].input_grid() if layers else None
 
 
 def _sampler(shape: tuple[int, ...], grid: Grid | None) -> Callable[[int, int], Tensor]:
@@ -576,7 +582,7 @@ def lower(model: nn.Module, input_shape: tuple[int, ...], input: Grid | None = N
         raise ConversionError(f"convert takes a torch.nn.Module, got {type(model).__name__}")
     if input is not None and not isinstance(input, Grid):
         raise ConversionError(f"input is a ql.Grid(lo, hi, scale), got {type(input).__name__}")
-    grid = input if input is not None else next((m.input_grid() for m in model.modules() if hasattr(m, "input_grid")), None)
+    grid = input if input is not None else own_grid(model)
     record = capture(model, shape, _sampler(shape, grid))
     g = Lowering(record)
     g.env[0] = RealInput(shape) if input is None else g.input(input)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantlib import evaluator, ops, tails
 from quantlib.capture import CaptureError, values_of
 from quantlib.ir import Graph, Grid
-from quantlib.lowering import Conversion, lower
+from quantlib.lowering import Conversion, lower, own_grid
 
 SNAP = 1e-6  # of a step: float64 noise of a sum of 10^5 terms is below 1e-10, a wrong scale is of order 1
 
@@ -186,8 +186,8 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     from this model, or when a value is off its edge's grid.
     """
     t = graph.input.type
-    own_grid = graph.front is not None or any(hasattr(m, "input_grid") for m in model.modules())
-    conversion = lower(model, t.shape, None if own_grid else Grid(t.lo, t.hi, t.scale, t.step))
+    stated = graph.front is not None or own_grid(model) is not None
+    conversion = lower(model, t.shape, None if stated else Grid(t.lo, t.hi, t.scale, t.step))
     _same_meaning(graph, conversion.graph)
     codes = evaluator.encode(graph, x).cpu()
     if graph.front is None:
@@ -247,7 +247,8 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     for index, known in snaps.items():
         node = graph.by_name[known.edge]
         ties, sensitive = _margins(conversion, known.edge)
-        rows.append(Row(known.edge, known.source, type(node.op).__name__, *counts[index], ties, sensitive))
+        codes_, differ_, in64, in32 = counts[index]
+        rows.append(Row(known.edge, known.source, type(node.op).__name__, codes_, differ_, in64, in32, ties, sensitive))
     return Check(tuple(rows), first, len(codes), output_error, evaluator.engine(graph))
 
 

@@ -48,27 +48,20 @@ def join(g: Lowering, value: Map, edges: list[Edge], grid: Grid) -> Edge:
         for k in range(count):
             codes = run(n[:, None], np.full(len(n), k))
             difference = np.diff(codes, axis=0)
-            rising, falling = (difference >= 0).all(0), (difference <= 0).all(0)
-            if not (rising | falling).all():
+            rising, falling = np.all(difference >= 0, axis=0), np.all(difference <= 0, axis=0)
+            if not np.all(rising | falling):
                 raise ConversionError(f"{value.label}: the join is not monotone in {wide.name} {t}; use a monotone activation. {remedies}")
             thresholds[:, k], sign = thresholds_of(codes, n, rising, grid, t)
             signs[:, k] = sign[:, 0]
     else:
         for k in range(count):
-            one = Map(
-                lambda x, k=k: evaluate(
-                    value, {wide.name: x} | {e.name: real_of(e, combos[k : k + 1, i][:, None]) for i, e in enumerate(narrow)}
-                ),
-                (wide,),
-                value.label,
-                shape=value.shape,
-            )
-            op = bisected(one, wide, grid)
-            assert isinstance(op, ops.Threshold)
-            thresholds[:, k] = op.thresholds
-            signs[:, k] = op.sign
+            fixed: dict[object, Tensor] = {e.name: real_of(e, combos[k : k + 1, i][:, None]) for i, e in enumerate(narrow)}
+            one = Map(lambda x, fixed=fixed: evaluate(value, fixed | {wide.name: x}), (wide,), value.label, shape=value.shape)
+            row = bisected(one, wide, grid)
+            assert isinstance(row, ops.Threshold)
+            thresholds[:, k], signs[:, k] = row.thresholds, row.sign
     flat, signs = _one_direction(thresholds, signs)
-    op = _affine_join(value, wide, combos, narrow, flat, signs, grid, sizes)
+    op: ops.Op | None = _affine_join(value, wide, combos, narrow, flat, signs, grid, sizes)
     if op is None:
         rows = compress(flat.reshape(channels, -1), signs)
         op = ops.Join(rows[0].reshape(-1, count, levels), rows[1], grid.lo, grid.step, sizes, *_lattice(narrow))

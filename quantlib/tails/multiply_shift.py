@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from quantlib import ops
 from quantlib.ir import Grid
@@ -120,7 +121,7 @@ def fit_between(
         [np.broadcast_to(low, (len(sign), 1)), np.clip(inside - 1, low, high), inside, np.broadcast_to(high, (len(sign), 1))], axis=1
     )
     n = (sign * points).T  # (P, C)
-    env = {edge.name: real_of(edge, n)}
+    env: dict[object, Tensor] = {edge.name: real_of(edge, n)}
     codes, real = codes_of(value, env, grid), codes_of(value, env, grid, before=True)
     tight = tight_grid(grid, codes)
     first, last = points.argmin(1), points.argmax(1)  # ends, unless the code moves only in between

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from quantlib import ops
 from quantlib.ir import Grid, IntType
@@ -32,7 +33,7 @@ def enumerated(value: Map, edge: Edge, grid: Grid) -> ops.Op:
     lines = grid.step == 1 and grid.levels - 1 > FEW_LEVELS and value.pre is not None and len(n) > 2
     pieces = []  # of (P, C), or (P, 1) where all channels share one function
     for p in np.array_split(n, -(-len(n) * channels // (1 << 20))):
-        env = {edge.name: real_of(edge, p[:, None], narrow)}
+        env: dict[object, Tensor] = {edge.name: real_of(edge, p[:, None], narrow)}
         inner = {id(a): evaluate(a, env) for a in value.args}
         real = [inner[id(a)] for a in value.args]
         with torch.no_grad():
@@ -40,16 +41,16 @@ def enumerated(value: Map, edge: Edge, grid: Grid) -> ops.Op:
             pieces.append((codes, units_of(value, value.pre(*real), grid, narrow) if lines and value.pre else codes))
     codes, units = (np.concatenate([p[k] for p in pieces]) for k in (0, 1))
     difference = np.diff(codes, axis=0)
-    rising, falling = (difference >= 0).all(0), (difference <= 0).all(0)
-    is_monotone = bool((rising | falling).all())
+    rising, falling = np.all(difference >= 0, axis=0), np.all(difference <= 0, axis=0)
+    is_monotone = bool(np.all(rising | falling))
     if grid.levels - 1 <= FEW_LEVELS and is_monotone:
-        return threshold_op(*compress(*thresholds_of(codes, n, rising, grid, t)), grid)
+        return threshold_op(codes, n, rising, grid, t)
     if lines:
         op = fit_lines(n, codes, units, grid)
         if op is not None:
             return op
     if is_monotone and grid.levels - 1 <= 255 and grid.levels < len(n):
-        return threshold_op(*compress(*thresholds_of(codes, n, rising, grid, t)), grid)
+        return threshold_op(codes, n, rising, grid, t)
     (table,) = compress(np.ascontiguousarray(codes.T))
     if table.size > TABLE_LIMIT:
         raise ConversionError(
@@ -60,7 +61,8 @@ def enumerated(value: Map, edge: Edge, grid: Grid) -> ops.Op:
     return ops.Lut(table, t.lo, t.step, grid.step)
 
 
-def threshold_op(thresholds: np.ndarray, sign: np.ndarray, grid: Grid) -> ops.Op:
+def threshold_op(codes: np.ndarray, n: np.ndarray, rising: np.ndarray, grid: Grid, t: IntType) -> ops.Op:
+    thresholds, sign = compress(*thresholds_of(codes, n, rising, grid, t))
     return ops.Threshold(thresholds, sign[:, 0], grid.lo, grid.step)
 
 
@@ -110,4 +112,4 @@ def bisected(value: Map, edge: Edge, grid: Grid) -> ops.Op:
             f"fewer output bits"
         )
     thresholds, sign = compress(above, sign)
-    return threshold_op(thresholds, sign, grid)
+    return ops.Threshold(thresholds, sign[:, 0], grid.lo, grid.step)
