@@ -31,9 +31,12 @@ from brevitas.quant import (
     Uint8ActPerTensorFloat,
 )
 from brevitas.quant_tensor import QuantTensor
+from brevitas_examples.bnn_pynq.models.CNV import CNV
 from brevitas_examples.bnn_pynq.models.common import CommonActQuant, CommonWeightQuant
+from brevitas_examples.bnn_pynq.models.FC import FC
+from brevitas_examples.bnn_pynq.models.resnet import QuantBasicBlock, QuantResNet
 from brevitas_examples.bnn_pynq.models.tensor_norm import TensorNorm
-from strategies import assert_exact, flat, graph_fields_hold, settle
+from strategies import assert_exact, flat, float64_output, graph_fields_hold, settle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -1079,3 +1082,47 @@ def test_network_is_exact(name: str) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model was changed"
     with torch.no_grad():
         assert len(flat(model(x))) == len(graph.decodes)
+
+
+# ---------------------------------------------------------------- the networks that Brevitas itself ships
+
+
+def tfc(weights: int, acts: int) -> nn.Module:
+    return FC(10, weights, acts, 2 if acts == 2 else 1, 1, (64, 64, 64))
+
+
+def resnet18() -> nn.Module:
+    return QuantResNet(QuantBasicBlock, [2, 2, 2, 2], act_bit_width=4, weight_bit_width=4)
+
+
+STOCK = {
+    "tfc_1w1a": Network(lambda: tfc(1, 1), (1, 28, 28)),
+    "tfc_1w2a": Network(lambda: tfc(1, 2), (1, 28, 28)),
+    "tfc_2w2a": Network(lambda: tfc(2, 2), (1, 28, 28)),
+    "cnv_1w1a": Network(lambda: CNV(10, 1, 1, 8, 3), (3, 32, 32)),
+    "cnv_1w2a": Network(lambda: CNV(10, 1, 2, 8, 3), (3, 32, 32)),
+    "cnv_2w2a": Network(lambda: CNV(10, 2, 2, 8, 3), (3, 32, 32)),
+    "resnet18_4w4a": Network(resnet18, (3, 32, 32), UINT8),
+}
+SLOW = {"cnv_1w2a", "resnet18_4w4a"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in STOCK])
+def test_stock_network_is_exact(name: str) -> None:
+    net = STOCK[name]
+    torch.manual_seed(1)
+    batch = 4 if name.startswith("resnet") else 8
+    model = settle(net.make(), lambda r: net.images(batch, r) if net.input else torch.rand(batch, *net.shape, generator=r), steps=2)
+    graph = ql.convert(model, net.shape, net.input)
+    random = torch.Generator().manual_seed(3)
+    x = net.images(batch, random) if net.input else torch.randint(0, 256, (batch, *net.shape), generator=random) / 255
+    # Dropout and TensorNorm are among the layers; the plain float64 model may only differ at structural ties, which these have (accumulators that are exactly 0)
+    check = ql.verify(model, graph, x)
+    assert check.ok, str(check)
+    graph_fields_hold(graph, x)
+    (want,) = float64_output(model, x)
+    if all(r.float64 == 0 for r in check.rows):
+        # float64 sums in another order, and one rounding to float32
+        torch.testing.assert_close(ql.run(graph, x).double(), want, rtol=1e-6, atol=1e-6 * float(want.abs().max() + 1))
+    part = ql.run(graph, x[:3], integers=True)
+    assert all(torch.equal(v[:3], part[k]) for k, v in ql.run(graph, x, integers=True).items())
