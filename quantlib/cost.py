@@ -30,7 +30,7 @@ class Cost:
 
     lut: 6-input LUTs; ff: flip-flops; dsp: DSP48 slices; bram18: block RAMs of 18 kbit; uram: UltraRAMs of 288 kbit;
     cycles: clock cycles per image in steady state (iterations of the slowest loop, II = 1);
-    fill: the share (0..1) of its input image that the node may read ahead of its output: what a branch beside it has to store.
+    fill: the share (0..1) of its input image that the node has to see before its first output word.
 
     `a + b` adds the resources and keeps the larger cycles and fill: stages of a dataflow run at the same time.
     """
@@ -184,8 +184,7 @@ def window(
     held = (kernel[0] - 1) * dilation[0] + 1 + stride[0]
     line, written = width * channels // lanes, cols * kernel[0] * kernel[1] * channels // lanes
     cycles = need[0] * line + sum(max(written, (b - a) * line) for a, b in zip(need[:-1], need[1:]))
-    ahead = need[1] / height  # the rows of the second output row are read while the first is written
-    return loop(cycles, lanes * x.bits, ahead) + memory(min(held, height) * line, lanes * x.bits)
+    return loop(cycles, lanes * x.bits, need[0] / height) + memory(min(held, height) * line, lanes * x.bits) + fifo(32, lanes * x.bits)
 
 
 @cache
@@ -194,7 +193,8 @@ def same_order(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     if a[0] == b[0]:
         return True
     index = np.arange(prod(a))
-    return np.array_equal(*(np.moveaxis(index.reshape(s), 0, -1).reshape(-1) for s in (a, b)))
+    first, second = (np.moveaxis(index.reshape(s), 0, -1).reshape(-1) for s in (a, b))
+    return np.array_equal(first, second)
 
 
 def reorder(x: IntType, y: IntType, lanes: int, pe: int) -> Cost:
@@ -215,12 +215,9 @@ def bus_cycles(t: IntType) -> int:
     return -(-t.numel // in_word) * in_word // bus_lanes(t)
 
 
-def port(bits: int) -> Cost:
-    """One end of a stream of words of `bits` bits: its register, and its half of the converter that meets words of another width.
-
-    Charged at both ends whether the widths differ or not (our estimate, an upper bound where they agree).
-    """
-    return Cost(lut=bits // 4 + 8, ff=bits)
+def converter(bits: int) -> Cost:
+    """From words of any width to words of `bits` bits. Our estimate; charged even where no conversion is needed."""
+    return Cost(lut=bits // 2 + 16, ff=2 * bits)
 
 
 _BRAM_SHAPES = ((16_384, 1), (8_192, 2), (4_096, 4), (2_048, 9), (1_024, 18), (512, 36))  # 18-kbit block: UG573 and UG473, port widths
@@ -247,7 +244,5 @@ def memory(words: int, bits: int, style: str = "auto") -> Cost:
 
 def fifo(depth: int, bits: int) -> Cost:
     """A FIFO: shift-register LUTs of 32 words up to depth 64 (UG574, SRL32), else a memory with two counters."""
-    if depth <= 2:
-        return Cost(lut=bits // 2 + 4, ff=2 * bits)
     control = Cost(lut=2 * ceil(log2(depth + 1)) + 6, ff=2 * ceil(log2(depth + 1)) + bits)
     return control + (Cost(lut=ceil(depth / 32) * bits) if depth <= 64 else memory(depth, bits))
