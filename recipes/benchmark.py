@@ -161,19 +161,21 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         console.print(f"{name} measured")
     write_json(Path(config.out) / "report.json", {"config": asdict(config), "rows": rows})
 
-    table = Table(title=f"images per second, batch {config.batch}, {config.threads} threads (csim: {config.cpp_images} images, one thread)")
-    head = ("network", "model", "model, quantized", "ql.run", "csim", "run / model", "convert s", "C++ s", "memory MB")
-    for title in head:
-        table.add_column(title, justify="left" if title == "network" else "right")
+    table = Table(title=f"batch {config.batch}, {config.threads} threads; csim {config.cpp_images} images, one thread")
+    table.add_column("")
     for row in rows:
-        speed = [f"{row['images_per_second'][way]:,.1f}" for way in ("model", "model, quantized", "run", "csim")]
-        numbers = [
-            f"{row['run_over_model']:.2f}",
-            f"{row['convert_seconds']:.1f}",
-            f"{row['compile_seconds']:.1f}",
-            f"{row['memory_peak']:,.0f}",
-        ]
-        table.add_row(row["network"], *speed, *numbers)
+        table.add_column(row["network"], justify="right")
+    for way in rows[0]["images_per_second"]:
+        table.add_row(f"images/s, {way}", *(f"{row['images_per_second'][way]:,.1f}" for row in rows))
+    for title, key, form in (
+        ("run / model", "run_over_model", ".2f"),
+        ("conversion, s", "convert_seconds", ".2f"),
+        ("C++ compilation, s", "compile_seconds", ".2f"),
+        ("first run, s", "first_run_seconds", ".2f"),
+        ("memory before, MB", "memory_start", ",.0f"),
+        ("memory peak, MB", "memory_peak", ",.0f"),
+    ):
+        table.add_row(title, *(format(row[key], form) for row in rows))
     console.print(table)
     return rows
 

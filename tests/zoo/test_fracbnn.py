@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import quantlib as ql
 import zoo
 from zoo import _fracbnn_datapath as datapath
 from zoo.fracbnn import GRID
@@ -85,6 +86,49 @@ def test_the_accelerator_model_gives_the_same_in_float64(shared, images):
     model = authors(shared, fixed_point="authors")
     x = real(images["images"][:4])
     assert np.array_equal(logits(model.double(), x.double()), images["hls_logits"][:4])
+
+
+def codes(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+@pytest.fixture(scope="module")
+def accelerator(shared):
+    return ql.convert(authors(shared, fixed_point="authors"), (3, 32, 32))
+
+
+def test_integers_equal_the_accelerator(accelerator, images):
+    assert np.array_equal(ql.run(accelerator, codes(images["images"])).numpy(), images["hls_logits"])
+
+
+@pytest.mark.parametrize("mode", ["fast", "fifo"])
+def test_compiled_cpp_equals_the_accelerator(accelerator, images, mode, tmp_path):
+    hls = ql.export(accelerator, tmp_path / "hls", part="xczu3eg")
+    assert np.array_equal(hls.csim(codes(images["images"][:6]), mode=mode).numpy(), images["hls_logits"][:6])
+
+
+def test_every_code_of_the_trained_network_on_the_grid(shared, images):
+    model = authors(shared, fixed_point=GRID)
+    check = ql.verify(model, ql.convert(model, (3, 32, 32)), codes(images["images"][:4]))
+    assert check.ok, str(check)
+
+
+@pytest.mark.slow
+def test_all_images_in_integers_and_in_cpp(accelerator, images, lossless, tmp_path):
+    hls = ql.export(accelerator, tmp_path / "hls", part="xczu3eg")
+    for pictures, expected in ((images["images"], images["hls_logits"]), (lossless["images"], images["lossless_hls_logits"])):
+        x = codes(pictures)
+        assert np.array_equal(torch.cat([ql.run(accelerator, part) for part in x.split(64)]).numpy(), expected)
+        assert np.array_equal(hls.csim(x).numpy(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits,fraction", [(16, 8), (16, 9), (13, 6)])
+def test_other_grids_convert(shared, images, bits, fraction):
+    model = authors(shared, fixed_point=ql.FixedPoint(bits, fraction))
+    graph = ql.convert(model, (3, 32, 32))
+    x = codes(images["images"][:4])
+    assert ql.verify(model, graph, x).ok
 
 
 @pytest.mark.slow
