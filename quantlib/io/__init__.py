@@ -1,0 +1,1 @@
+"""Files: graphs of our own, and one module per foreign format."""
