@@ -37,6 +37,16 @@ def test_the_normative_page_has_a_line_for_every_op_and_for_no_other(root: Path)
     assert set(rows) == ours | {"FixedMerge"}
 
 
+@pytest.mark.parametrize("page", ["integer_semantics.md", "architecture.md", "add_an_op.md", "add_a_network.md"])
+def test_files_and_links_that_a_page_names_exist(page: str, root: Path) -> None:
+    text = (root / "docs" / page).read_text(encoding="utf-8")
+    named = {n for n in re.findall(r"`([\w/]+(?:\.(?:py|hpp|md)|/))`", text) if "NAME" not in n and "distance" not in n}
+    missing = [n for n in named if not any((root / base / n).exists() for base in ("", "quantlib", "docs"))]
+    assert not missing
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert all((root / "docs" / link).exists() for link in links)
+
+
 @pytest.mark.parametrize("name", sorted(PAGES))
 def test_generated_pages_are_current(name: str, root: Path) -> None:
     assert name not in stale(root / "docs"), "run `python -m quantlib docs`"
