@@ -28,7 +28,8 @@ WORD_BITS = 1_024
 class Folding:
     """Lanes of one kernel: `pe` output channels and `simd` inputs of each are worked on per cycle.
 
-    pe divides the output channels, simd the inputs of one output; elementwise and pooling ops use pe channels per cycle and simd = 1.
+    pe divides the first and simd the second number of `Op.folds`: the output channels and the inputs that one of them reads per pixel (all of
+    them in a Dense); ops without weights work on pe channels per cycle and have simd = 1.
     memory: where the op's tables live ("auto" chooses LUTs or block RAM by size).
     """
 
@@ -67,6 +68,17 @@ class Schedule(Mapping[str, Stage]):
         for node in graph:
             check_folding(node, graph.types(node), chosen[node.name])
         return cls({n.name: Stage(chosen[n.name], depths) for n, depths in zip(graph, _depths(graph, chosen), strict=True)})
+
+    def check(self, graph: Graph) -> None:
+        """ValueError unless this schedule has a legal folding and one FIFO depth per input for every node of `graph`, and nothing else."""
+        if set(self) != {n.name for n in graph}:
+            odd = sorted(set(self) ^ {n.name for n in graph})
+            raise ValueError(f"the schedule was made for another graph than {graph.name}: {odd[0]} is not in both")
+        for node in graph:
+            check_folding(node, graph.types(node), self[node.name].folding)
+            depths = self[node.name].depths
+            if len(depths) != len(node.inputs) or any(d < 1 for d in depths):
+                raise ValueError(f"{node.name} has {len(node.inputs)} inputs and FIFO depths {depths}; one depth of at least 1 word each")
 
     def __getitem__(self, name: str) -> Stage:
         try:
@@ -189,8 +201,7 @@ def estimate(
     if not clock > 0 or (fps is not None and not fps > 0):
         raise ValueError(f"clock_mhz = {clock} and fps = {fps} must be positive")
     if schedule is not None:
-        for node in graph:
-            check_folding(node, graph.types(node), schedule[node.name].folding)
+        schedule.check(graph)
         return _plan(graph, device, clock, fps, schedule, None)
     options = [_options(graph, n) for n in graph]
     target = None if fps is None else _cycles_at(clock, fps)

@@ -204,7 +204,11 @@ def test_a_schedule_of_ones_own_is_only_costed() -> None:
     assert {r.name: r.folding for r in plan.rows}["conv"] == Folding(2, 2)
     assert plan.cycles == max(r.cost.cycles for r in plan.rows) == 6 * 6 * 2 * 9
     with pytest.raises(ValueError, match="must divide"):
-        estimate(graph, schedule=Schedule({n.name: Stage(Folding(3)) for n in graph}))
+        estimate(graph, schedule=Schedule({n.name: Stage(Folding(3), (2,) * len(n.inputs)) for n in graph}))
+    with pytest.raises(ValueError, match="act has 1 inputs and FIFO depths"):
+        estimate(graph, schedule=Schedule({**mine, "act": Stage(Folding(), (2, 2))}))
+    with pytest.raises(ValueError, match="made for another graph than small: add0"):
+        estimate(graph, schedule=Schedule.of(residual()))
 
 
 def totals(plan: Plan) -> dict[str, int]:
