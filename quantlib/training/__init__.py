@@ -1,7 +1,10 @@
-"""What the recipes share: image sets, a training loop, metrics, a report page. The library itself does not import it."""
+"""What the recipes share: data sets, the training loop, losses, metrics, a report page. The library itself does not import it."""
 
-from quantlib.training.data import DataError, Images, digits, read_images
-from quantlib.training.loop import Epoch, Fit, fit
+from quantlib.training.checkpoint import CheckpointError
+from quantlib.training.data import Augment, DataError, ImageFiles, Images, cifar, digits, image_files, read_images
+from quantlib.training.logs import Epoch
+from quantlib.training.loop import Fit, TrainingError, fit, is_main_process
+from quantlib.training.losses import CrossEntropy, Distillation, load_teacher
 from quantlib.training.metrics import accuracy, batched, confusion, predictions
-
-__all__ = ["DataError", "Epoch", "Fit", "Images", "accuracy", "batched", "confusion", "digits", "fit", "predictions", "read_images"]
+from quantlib.training.optim import SGD, Adam, AdamW, Constant, Cosine, Linear, Steps, Warmup
+from quantlib.training.steps import density, use_gating, use_real_weights

@@ -1,31 +1,68 @@
-"""Labelled images as integers: scikit-learn's digits, npz archives, zips and folders of class folders."""
+"""Labelled images as integers: scikit-learn's digits, CIFAR, npz archives, zips and folders of class folders.
+
+Small sets are decoded once and kept as uint8 (`Images`); large ones stay files and are decoded as they are asked for (`ImageFiles`). Both
+answer the same questions of the training loop. What is random in an epoch is drawn from (seed, epoch, image) alone: neither the number of
+processes nor the place where a run was resumed changes an image.
+"""
 
 from __future__ import annotations
 
 import io
+import pickle
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp")
+_SPLITS = {"train", "test", "val"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DataError(ValueError):
     """A data set that is missing or not laid out as expected; the message says what was found and what is read."""
 
 
+@dataclass(frozen=True)
+class Augment:
+    """What is random about training images. shift: largest displacement in pixels, zeros entering; flip: mirrored in half of the cases."""
+
+    shift: int = 0
+    flip: bool = False
+
+
+class Data(Protocol):
+    """What the training loop asks of a data set. unreadable: file -> what was wrong with it, filled while reading."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unreadable(self) -> dict[str, str]: ...
+
+    def __len__(self) -> int: ...
+
+    def read(
+        self, batches: Sequence[Tensor], augment: Augment | None, key: tuple[int, int], workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(real images (N, C, H, W), labels) for each tensor of indices. augment None: as for testing. key: seed and epoch."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Images:
-    """codes: uint8 (N, C, H, W) as stored on disk; labels: int64 (N,); name for reports."""
+    """codes: uint8 (N, C, H, W) as stored on disk; labels: int64 (N,); name for reports; unreadable: files left out, and why."""
 
     codes: Tensor
     labels: Tensor
     name: str
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.uint8 or self.codes.dim() != 4 or len(self.codes) != len(self.labels):
@@ -36,23 +73,175 @@ class Images:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def __getitem__(self, index: slice) -> Images:
+    def __getitem__(self, index: slice | Tensor) -> Images:
         return replace(self, codes=self.codes[index], labels=self.labels[index])
 
     @property
     def classes(self) -> int:
         return int(self.labels.max()) + 1
 
-    def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(real images in [0, 1] float32, labels), in the given order or as stored."""
-        order = torch.arange(len(self)) if order is None else order
-        for chunk in order.split(size):
-            yield as_real(self.codes[chunk]), self.labels[chunk]
+    def read(
+        self, batches: Sequence[Tensor], augment: Augment | None, key: tuple[int, int], workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        augment = augment or Augment()
+        draws = self._draws(augment, key)
+        for rows in batches:
+            x = as_real(self.codes[rows])
+            if augment.flip:
+                x = torch.where(draws[rows, 2].bool().reshape(-1, 1, 1, 1), x.flip(3), x)
+            if augment.shift:
+                x = shifted(x, augment.shift, draws[rows, :2])
+            yield x, self.labels[rows]
+
+    def _draws(self, augment: Augment, key: tuple[int, int]) -> Tensor:
+        """(N, 3): offset of the rows and of the columns, in 0 .. 2 shift, and whether to flip."""
+        high = (2 * augment.shift + 1, 2 * augment.shift + 1, 2)
+        return torch.from_numpy(np.random.default_rng([*key, 1]).integers(0, high, (len(self), 3)))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Image files decoded when asked for, as float32 (3, size, size), normalised with mean and std.
+
+    Training (augment given): a random area of 8 to 100 % resized to size; lighting: standard deviation of the PCA colour shift, 0 for none;
+    Augment.flip mirrors half of them. Testing: the shorter side resized to `resize`, the middle cut out.
+    A file that cannot be read is noted in `unreadable`; while training the next file stands in for it, while testing it is left out.
+    """
+
+    paths: tuple[str, ...]
+    labels: Tensor
+    name: str
+    size: int = 224
+    resize: int = 256
+    lighting: float = 0.1
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    strict: bool = False
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: slice) -> ImageFiles:
+        return replace(self, paths=self.paths[index], labels=self.labels[index])
+
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    def read(
+        self, batches: Sequence[Tensor], augment: Augment | None, key: tuple[int, int], workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        from torch.utils.data import DataLoader
+
+        files = _Files(self, augment, key)
+        loader: DataLoader[Any] = DataLoader(files, batch_sampler=[b.tolist() for b in batches], num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+        for rows in loader:
+            for _, _, bad in rows:
+                self.unreadable.update(bad)
+            images = [image for image, _, _ in rows if image is not None]
+            if images:
+                yield torch.stack(images), torch.tensor([label for image, label, _ in rows if image is not None])
+
+    def decode(self, index: int) -> Any:
+        from PIL import Image
+
+        with Image.open(self.paths[index]) as image:
+            return image.convert("RGB")
+
+    def training_image(self, picture: Any, augment: Augment, generator: np.random.Generator) -> Tensor:
+        """The published order: crop, lighting, flip, normalise."""
+        from PIL import Image
+
+        left, top, width, height = random_area(picture.width, picture.height, generator)
+        box = (left, top, left + width, top + height)
+        pixels = np.asarray(picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
+        if self.lighting:
+            pixels = lit(pixels, generator.normal(0.0, self.lighting, 3))
+        if augment.flip and generator.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return self.normalised(pixels)
+
+    def test_image(self, picture: Any) -> Tensor:
+        from PIL import Image
+
+        scale = self.resize / min(picture.size)
+        width, height = (max(self.resize, int(side * scale)) for side in picture.size)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        return self.normalised(np.asarray(resized.crop((left, top, left + self.size, top + self.size))))
+
+    def normalised(self, pixels: np.ndarray) -> Tensor:
+        x = as_real(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
+        return (x - torch.tensor(self.mean).reshape(-1, 1, 1)) / torch.tensor(self.std).reshape(-1, 1, 1)
+
+
+class _Files:
+    """index -> (image or None, label, {path: error}): what a reader process of `ImageFiles` computes."""
+
+    def __init__(self, data: ImageFiles, augment: Augment | None, key: tuple[int, int]) -> None:
+        self.data, self.augment, self.key = data, augment, key
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int, dict[str, str]]:
+        data, bad = self.data, {}
+        for candidate in range(index, index + len(data)):
+            candidate %= len(data)
+            try:
+                picture = data.decode(candidate)
+            except (OSError, ValueError, SyntaxError) as error:
+                if data.strict:
+                    raise DataError(f"{data.paths[candidate]}: {error}") from error
+                bad[data.paths[candidate]] = f"{type(error).__name__}: {error}"
+                if self.augment is None:
+                    break
+                continue
+            label = int(data.labels[candidate])
+            if self.augment is None:
+                return data.test_image(picture), label, bad
+            generator = np.random.default_rng([*self.key, 2, index])
+            return data.training_image(picture, self.augment, generator), label, bad
+        if self.augment is not None:
+            raise DataError(f"{data.name}: none of its {len(data)} files can be read")
+        return None, -1, bad
 
 
 def as_real(codes: Tensor) -> Tensor:
     """uint8 codes -> float32 in [0, 1], code / 255."""
     return codes.float() / 255
+
+
+def shifted(x: Tensor, most: int, offsets: Tensor) -> Tensor:
+    """Image n cut at offsets[n] (row, column; 0 .. 2 most) out of itself with a border of `most` zeros: (N, C, H, W) -> same."""
+    n, _, height, width = x.shape
+    padded = F.pad(x, (most,) * 4)
+    rows = offsets[:, 0, None] + torch.arange(height)
+    columns = offsets[:, 1, None] + torch.arange(width)
+    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_area(width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+    """(left, top, width, height): 8 to 100 % of the area, sides 3:4 to 4:3; after ten misses the largest middle part of such sides."""
+    for _ in range(10):
+        area = width * height * generator.uniform(0.08, 1.0)
+        ratio = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            return int(generator.integers(0, width - w + 1)), int(generator.integers(0, height - h + 1)), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+_EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
+_EIGENVECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+
+
+def lit(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) + 255 * eigenvectors @ (alpha * eigenvalues), clipped and truncated (FracBNN's published augmentation)."""
+    colour = 255 * (_EIGENVECTORS @ (alpha * _EIGENVALUES))
+    return np.clip(pixels + colour, 0, 255).astype(np.uint8)
 
 
 def digits(split: str, test_images: int = 360) -> Images:
@@ -69,22 +258,29 @@ def digits(split: str, test_images: int = 360) -> Images:
     return Images(torch.from_numpy(x.copy()), torch.from_numpy(y.copy()), f"digits {split}")
 
 
-def read_images(source: str | Path, split: str = "test") -> Images:
-    """The word digits, an .npz with `images` (N, H, W, C) uint8 and `labels`, or a .zip or folder of [`<split>/`]`<class>/<image>` files.
+def read_images(source: str | Path, split: str = "test", strict: bool = False) -> Images:
+    """A whole data set in memory.
 
-    The label of a class folder is its place in alphabetical order. DataError when nothing of the kind is there or sizes differ.
+    source: the word digits; an .npz with `images` (N, H, W, C) uint8 and `labels`; a .zip or folder of [`<split>/`]`<class>/<image>` files;
+    a folder that holds CIFAR-10 or CIFAR-100 as torchvision unpacks it. The label of a class folder is its place in alphabetical order.
+    Files that cannot be decoded are left out and listed in `unreadable`; strict: they are an error.
+    DataError when nothing of the kind is there or sizes differ.
     """
     if str(source) == "digits":
         return digits(split)
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        return _class_folders(((PurePosixPath(p.relative_to(path).as_posix()), p.read_bytes()) for p in files), split, path.name)
+        for folder in (path, *(path / name for name in ("cifar-10-batches-py", "cifar-100-python"))):
+            if (folder / "data_batch_1").is_file() or ((folder / "train").is_file() and (folder / "test").is_file()):
+                return cifar(folder, split)
+        found = ((PurePosixPath(p.relative_to(path).as_posix()), p) for p in sorted(path.rglob("*")) if p.is_file())
+        return _class_folders(((name, p.read_bytes()) for name, p in _of_split(found, split)), split, path.name, strict)
     if not path.is_file():
         raise DataError(f"no data set at {path}; give digits, an .npz, a .zip of class folders, or a folder of them")
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
-            return _class_folders(((PurePosixPath(n), archive.read(n)) for n in sorted(archive.namelist())), split, path.name)
+            members = ((PurePosixPath(n), n) for n in sorted(archive.namelist()))
+            return _class_folders(((name, archive.read(n)) for name, n in _of_split(members, split)), split, path.name, strict)
     if path.suffix != ".npz":
         raise DataError(f"{path.name}: unknown kind of data set; readable are .npz, .zip and folders")
     with np.load(path, allow_pickle=False) as arrays:
@@ -96,23 +292,87 @@ def read_images(source: str | Path, split: str = "test") -> Images:
     return Images(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), torch.from_numpy(labels), path.stem)
 
 
-def _class_folders(files: Iterable[tuple[PurePosixPath, bytes]], split: str, name: str) -> Images:
+def image_files(folder: str | Path, split: str, **settings: Any) -> ImageFiles:
+    """The files of `<folder>/<split>/<class>/<image>` (ImageNet's layout), undecoded; settings are fields of `ImageFiles`."""
+    path = Path(folder)
+    found = ((PurePosixPath(p.relative_to(path).as_posix()), p) for p in sorted(path.rglob("*")) if p.is_file())
+    chosen = [(name.parts[-2], str(p)) for name, p in _of_split(found, split) if name.suffix.lower() in _IMAGE_ENDINGS]
+    if not chosen:
+        raise DataError(f"{path} holds no {split}/<class>/<image> files; readable endings are {', '.join(_IMAGE_ENDINGS)}")
+    _, labels = np.unique([name for name, _ in chosen], return_inverse=True)
+    return ImageFiles(tuple(p for _, p in chosen), torch.from_numpy(labels.astype(np.int64)), f"{path.name} {split}", **settings)
+
+
+def _of_split(files: Iterable[tuple[PurePosixPath, Any]], split: str) -> Iterator[tuple[PurePosixPath, Any]]:
+    """Those in a class folder of this split, or in class folders that belong to no split."""
+    for name, where in files:
+        above = set(name.parts[:-2])
+        if len(name.parts) >= 2 and (split in above or not _SPLITS & above):
+            yield name, where
+
+
+def _class_folders(files: Iterable[tuple[PurePosixPath, bytes]], split: str, name: str, strict: bool) -> Images:
     from PIL import Image
 
     pixels: list[np.ndarray] = []
     folders: list[str] = []
+    all_folders: set[str] = set()
+    unreadable: dict[str, str] = {}
     for path, data in files:
-        inside = split in path.parts[:-2] or len(path.parts) == 2 or not {"train", "test", "val"} & set(path.parts[:-2])
-        if path.suffix.lower() not in _IMAGE_ENDINGS or len(path.parts) < 2 or not inside:
+        if path.suffix.lower() not in _IMAGE_ENDINGS:
             continue
-        with Image.open(io.BytesIO(data)) as image:
-            pixels.append(np.asarray(image.convert("RGB")))
+        all_folders.add(path.parts[-2])
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                pixels.append(np.asarray(image.convert("RGB")))
+        except (OSError, ValueError, SyntaxError) as error:
+            if strict:
+                raise DataError(f"{name}: {path} cannot be read: {error}") from error
+            unreadable[str(path)] = f"{type(error).__name__}: {error}"
+            continue
         folders.append(path.parts[-2])
     if not pixels:
-        raise DataError(f"{name} holds no <class>/<image> files for the split {split!r}")
+        broken = f" ({len(unreadable)} cannot be read)" if unreadable else ""
+        raise DataError(f"{name} holds no <class>/<image> files for the split {split!r}{broken}")
     sizes = {p.shape for p in pixels}
     if len(sizes) > 1:
         raise DataError(f"{name} mixes image sizes: {', '.join(map(str, sorted(sizes)[:4]))}")
-    _, labels = np.unique(folders, return_inverse=True)
+    labels = np.searchsorted(sorted(all_folders), folders)
     codes = np.stack(pixels).transpose(0, 3, 1, 2)
-    return Images(torch.from_numpy(np.ascontiguousarray(codes)), torch.from_numpy(labels.astype(np.int64)), f"{name} {split}")
+    return Images(torch.from_numpy(np.ascontiguousarray(codes)), torch.from_numpy(labels.astype(np.int64)), f"{name} {split}", unreadable)
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """Builds numpy arrays, strings and containers, and nothing else: the published CIFAR files are pickles."""
+
+    allowed = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise DataError(f"a CIFAR file holds arrays and lists; this one asks for {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core") if hasattr(np, "_core") else module, name)
+
+
+def cifar(folder: str | Path, split: str) -> Images:
+    """CIFAR-10 (data_batch_1 ... 5, test_batch) or CIFAR-100 (train, test; fine labels), as torchvision unpacks them."""
+    path = Path(folder)
+    if split not in ("train", "test"):
+        raise DataError(f"CIFAR has the splits train and test, not {split!r}")
+    ten = (path / "data_batch_1").is_file()
+    files = sorted(path.glob("data_batch_*")) if ten and split == "train" else [path / ("test_batch" if ten else split)]
+    codes, labels = [], []
+    for file in files:
+        try:
+            content = _CifarUnpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load()
+        except (OSError, pickle.UnpicklingError, EOFError) as error:
+            raise DataError(f"{file}: {error}") from error
+        codes.append(np.asarray(content["data"], np.uint8).reshape(-1, 3, 32, 32))
+        labels.append(np.asarray(content["labels" if ten else "fine_labels"], np.int64))
+    name = f"CIFAR-{10 if ten else 100} {split}"
+    return Images(torch.from_numpy(np.concatenate(codes)), torch.from_numpy(np.concatenate(labels)), name)

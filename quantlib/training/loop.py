@@ -1,24 +1,45 @@
-"""A training loop for small networks: Adam, a learning rate that falls linearly to zero, a progress bar."""
+"""The training loop of every recipe: plain, on one process or on several started by `accelerate launch`.
+
+Everything random in a step follows from (seed, epoch, step), never from what ran before: order and augmentation of the images, and torch's,
+numpy's and Python's generators, which are seeded anew before each step. A checkpoint therefore holds weights, optimizer state, sums of the
+epoch so far and the position; a run continued from it repeats the uninterrupted one bit by bit wherever the machine's arithmetic is
+reproducible (on CPU it is, for a fixed number of threads).
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlib.training.data import Images
-from quantlib.training.metrics import accuracy, predictions
+from quantlib.training.checkpoint import CheckpointError, load_checkpoint, pick, save_checkpoint, write_bytes
+from quantlib.training.data import Augment, Data
+from quantlib.training.logs import Bar, Epoch, Logs
+from quantlib.training.losses import CrossEntropy, gate_pull
+from quantlib.training.metrics import evaluating
+from quantlib.training.optim import Adam, Linear, Optimizer, Schedule, optimizer_state, restore_optimizer
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it stopped and why."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings of one run. shift: largest random displacement of an image in pixels; gate_target and gate_decay: the pull of every
+    """Settings of one run.
 
-    convolution's gating threshold T, gate_decay / 2 * |T - gate_target|^2 (FracBNN's only regularisation of its gates).
+    batch: images per step over all processes together; images: per epoch, a fresh random choice each time (0: all); drop_last: leave out
+    the last, smaller batch. shift, flip: augmentation (`Augment`). gate_target, gate_decay: the pull of every gating threshold T,
+    gate_decay / 2 * |T - gate_target|^2. precision: "bf16" and "fp16" run the convolutions in it; the quantizers of this library stay in
+    float32. compile: torch.compile (slower on CPU). save_every: steps between checkpoints (0: only after each epoch). workers: processes
+    that decode image files. channels_last: memory layout, much faster on CPU.
     """
 
     epochs: int
@@ -26,70 +47,228 @@ class Fit:
     lr: float = 1e-3
     weight_decay: float = 0.0
     shift: int = 0
+    flip: bool = False
     gate_target: float = 0.0
     gate_decay: float = 1e-5
     seed: int = 0
+    images: int = 0
+    drop_last: bool = False
+    optimizer: Optimizer = Adam()
+    schedule: Schedule = Linear()
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    channels_last: bool = False
+    save_every: int = 0
+    workers: int = 0
+    tensorboard: bool = False
 
 
-@dataclass(frozen=True)
-class Epoch:
-    number: int
-    loss: float
-    train_accuracy: float
-    test_accuracy: float
-    lr: float
-    seconds: float
-
-
-def gate_pull(model: nn.Module, target: float, decay: float) -> Tensor:
-    """decay / 2 * sum over gating thresholds T of |T - target|^2."""
-    gates = [p for name, p in model.named_parameters() if name.endswith(".threshold")]
-    return decay / 2 * torch.stack([((g - target) ** 2).sum() for g in gates]).sum() if gates else torch.zeros(())
-
-
-def shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Every image moved by its own random offset of up to `most` pixels, zeros entering: (N, C, H, W) -> same."""
-    n, _, height, width = x.shape
-    padded = F.pad(x, (most,) * 4)
-    offsets = torch.randint(0, 2 * most + 1, (n, 2), generator=generator)
-    rows = offsets[:, 0, None] + torch.arange(height)
-    columns = offsets[:, 1, None] + torch.arange(width)
-    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+_FREE = {"save_every", "workers", "tensorboard"}  # settings that do not change the numbers
 
 
 def fit(
     model: nn.Module,
-    train: Images,
-    test: Images,
+    train: Data,
+    test: Data,
     settings: Fit,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss: nn.Module | None = None,
     title: str = "training",
+    out: str | Path | None = None,
+    resume: bool = False,
 ) -> list[Epoch]:
-    """Trains in place and returns one row per epoch. The same settings on the same machine give the same weights."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Trains in place and returns one row per epoch. The same settings on the same machine give the same weights.
 
-    generator = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / settings.epochs)
-    rows: list[Epoch] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns) as progress:
-        task = progress.add_task(title, total=settings.epochs, note="")
-        for number in range(1, settings.epochs + 1):
-            start, total, right = time.perf_counter(), 0.0, 0
-            model.train()
-            for x, y in train.batches(settings.batch, torch.randperm(len(train), generator=generator)):
-                x = shifted(x, settings.shift, generator) if settings.shift else x
-                out = model(x)
-                value = loss(out, y)
-                optimizer.zero_grad(set_to_none=True)
-                (value + gate_pull(model, settings.gate_target, settings.gate_decay)).backward()
-                optimizer.step()
-                total += float(value.detach()) * len(y)
-                right += int((out.detach().argmax(1) == y).sum())
-            lr = float(schedule.get_last_lr()[0])
-            schedule.step()
-            score = accuracy(predictions(model, test), test.labels)
-            rows.append(Epoch(number, total / len(train), right / len(train), score, lr, time.perf_counter() - start))
-            progress.update(task, advance=1, note=f"loss {rows[-1].loss:.3f}  test {100 * score:.1f} %")
-    return rows
+    loss: called with (outputs, labels, images), by default `CrossEntropy()`. out: folder for last.safetensors (all a resumed run needs),
+    best.safetensors (weights of the best test accuracy, the latest among equals) with best.json, log.csv, speed.csv, TensorBoard events;
+    None: nothing is written. resume: continue from last.safetensors where there is one. TrainingError when the loss is not finite,
+    CheckpointError when a checkpoint belongs to other settings. The model is left on the device it came from, with its last weights.
+    """
+    return _Run(model, train, test, settings, loss or CrossEntropy(), title, Path(out) if out else None).run(resume)
+
+
+class _Run:
+    def __init__(self, model: nn.Module, train: Data, test: Data, settings: Fit, loss: nn.Module, title: str, out: Path | None) -> None:
+        from accelerate import Accelerator
+
+        self.bare, self.train, self.test, self.settings, self.title, self.out = model, train, test, settings, title, out
+        self.home = next(model.parameters()).device
+        self.accelerator = Accelerator(mixed_precision=settings.precision)
+        self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        if settings.batch % self.world:
+            raise TrainingError(f"a batch of {settings.batch} images does not split evenly over {self.world} processes")
+        self.loss = loss.to(self.device)
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(self.device)
+        optimizer = settings.optimizer.build((p for p in model.parameters() if p.requires_grad), settings.lr, settings.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(torch.compile(model) if settings.compile else model, optimizer)
+        self.rows: list[Epoch] = []
+        self.epoch, self.step, self.seconds, self.best = 0, 0, 0.0, -1.0
+        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, right answers, images: of this process, in this epoch
+
+    def run(self, resume: bool) -> list[Epoch]:
+        settings = self.settings
+        if resume and self.out and (self.out / "last.safetensors").is_file():
+            self._load(self.out / "last.safetensors")
+        logs = Logs(self.out if self.accelerator.is_main_process else None, self.rows, settings.tensorboard)
+        with Bar(self.title, settings.epochs, self.accelerator.is_main_process) as self.bar:
+            while self.epoch < settings.epochs:
+                row = self._one_epoch()
+                self.rows.append(row)
+                logs.add(row)
+                self.bar.row(row)
+                self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+                self.sums.zero_()
+                if row.test_accuracy >= self.best:
+                    self.best = row.test_accuracy
+                    self._save_best(row)
+                self._save()
+        logs.close()
+        self.accelerator.wait_for_everyone()
+        if settings.precision != "no":
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # gives the model its own forward back
+        self.bare.to(self.home)
+        if settings.channels_last:
+            self.bare.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return self.rows
+
+    def _one_epoch(self) -> Epoch:
+        from accelerate.utils import broadcast
+
+        settings, started = self.settings, time.perf_counter() - self.seconds
+        factor = settings.schedule.factor(self.epoch, settings.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * factor
+        batches = self._batches()
+        mine = [rows[self.rank :: self.world] for rows in batches[self.step :]]
+        augment = Augment(settings.shift, settings.flip)
+        self.model.train()
+        self.bar.epoch(self.epoch + 1, len(batches), self.step)
+        known = len(self.train.unreadable)
+        for x, y in self.train.read(mine, augment, (settings.seed, self.epoch), settings.workers):
+            self._one_step(x, y, len(batches[self.step]))
+            self.step += 1
+            self.seconds = time.perf_counter() - started
+            self.bar.step()
+            known = self._report_unreadable(self.train, known)
+            if settings.save_every and self.step % settings.save_every == 0 and self.step < len(batches):
+                self._save()
+        total, right, count = self._check(self._of_all(self.sums).sum(0).tolist())
+        if self.world > 1:  # running statistics of process 0 are the model's, as in DistributedDataParallel's forward
+            for buffer in self.bare.buffers():
+                buffer.copy_(broadcast(buffer))
+        score = self._test_accuracy()
+        return Epoch(self.epoch + 1, total / count, right / count, score, settings.lr * factor, int(count), self.seconds)
+
+    def _batches(self) -> list[Tensor]:
+        """Indices of each step, of all processes together."""
+        settings, n = self.settings, len(self.train)
+        order = torch.from_numpy(np.random.default_rng([settings.seed, self.epoch, 0]).permutation(n))[: settings.images or n]
+        batches = [rows for rows in order.split(settings.batch) if len(rows) >= (settings.batch if settings.drop_last else self.world)]
+        if not batches:
+            raise TrainingError(f"{self.train.name} has {len(order)} images, fewer than one batch of {settings.batch}")
+        return batches
+
+    def _one_step(self, x: Tensor, y: Tensor, together: int) -> None:
+        settings = self.settings
+        _seed_everything(settings.seed, self.epoch, self.step, self.rank)
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        if settings.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        out = self.model(x)
+        with self.accelerator.autocast():
+            value = self.loss(out, y, x)
+        share = len(y) * self.world / together  # processes average their gradients: weighted so, they give the mean over all images
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(value * share + gate_pull(self.bare, settings.gate_target, settings.gate_decay))
+        self.optimizer.step()
+        right = (out.detach().argmax(1) == y).sum()
+        self.sums += torch.stack([value.detach().double() * len(y), right.double(), right.new_tensor(len(y)).double()]).cpu()
+
+    def _test_accuracy(self) -> float:
+        """Right answers over readable images; each process takes its share, and the counts are added."""
+        counts = torch.zeros(2, dtype=torch.float64)
+        known = len(self.test.unreadable)
+        chunks = torch.arange(self.rank, len(self.test), self.world).split(self.settings.batch)
+        with evaluating(self.bare):
+            for x, y in self.test.read(chunks, None, (self.settings.seed, 0), self.settings.workers):
+                if self.settings.channels_last:
+                    x = x.contiguous(memory_format=torch.channels_last)
+                with self.accelerator.autocast():
+                    out = self.bare(x.to(self.device))
+                counts += torch.tensor([float((out.argmax(1).cpu() == y).sum()), float(len(y))])
+                known = self._report_unreadable(self.test, known)
+        right, images = self._of_all(counts).sum(0).tolist()
+        return right / max(images, 1.0)
+
+    def _of_all(self, counts: Tensor) -> Tensor:
+        """(processes, ...): this tensor from every process."""
+        return self.accelerator.gather(counts.to(self.device)[None]).cpu() if self.world > 1 else counts[None]
+
+    def _report_unreadable(self, data: Data, known: int) -> int:
+        for path in list(data.unreadable)[known:]:
+            self.bar.warn(f"unreadable, left out: {path} ({data.unreadable[path]})")
+        return len(data.unreadable)
+
+    def _check(self, sums: list[float]) -> list[float]:
+        if not math.isfinite(sums[0]):
+            place = f"in epoch {self.epoch + 1}, at step {self.step}"
+            raise TrainingError(f"{self.title}: the loss is {sums[0]} {place}; lower lr or check the data")
+        return sums
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to continue this run."""
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
+        kinds = {k: type(getattr(self.settings, k)).__name__ for k in ("optimizer", "schedule")}
+        facts = {"settings": settings, "kinds": kinds, "loss": repr(self.loss), "train": f"{self.train.name}, {len(self.train)} images"}
+        return json.loads(json.dumps(facts | {"processes": self.world}))
+
+    def _save(self) -> None:
+        sums = self._of_all(self.sums)
+        if not (self.out and self.accelerator.is_main_process):
+            return
+        self._check(sums.sum(0).tolist())
+        state, plain = optimizer_state(self.optimizer.optimizer)
+        tensors = {f"model/{k}": v for k, v in self.bare.state_dict().items()} | {f"optimizer/{k}": v for k, v in state.items()}
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+        facts = {
+            "run": self._identity(), "epoch": self.epoch, "step": self.step, "best": self.best, "seconds": self.seconds,
+            "optimizer": plain, "scaler": scaler, "rows": [asdict(row) for row in self.rows],
+        }  # fmt: skip
+        save_checkpoint(self.out / "last.safetensors", tensors | {"sums": sums}, facts)
+
+    def _save_best(self, row: Epoch) -> None:
+        if self.out and self.accelerator.is_main_process:
+            facts = {"epoch": row.number, "accuracy": row.test_accuracy, "run": self._identity()}
+            save_checkpoint(self.out / "best.safetensors", dict(self.bare.state_dict()), facts)
+            write_bytes(self.out / "best.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+    def _load(self, path: Path) -> None:
+        tensors, facts = load_checkpoint(path)
+        ours, theirs = self._identity(), facts["run"]
+        flat = {k: (theirs["settings"].get(k), v) for k, v in ours["settings"].items()}
+        flat |= {k: (theirs.get(k), v) for k, v in ours.items() if k != "settings"}
+        different = [f"{k} was {was!r}, now {now!r}" for k, (was, now) in flat.items() if was != now]
+        if different:
+            raise CheckpointError(f"{path} belongs to another run: {'; '.join(different)}. Give the same settings, or start without resume")
+        self.bare.load_state_dict(pick(tensors, "model/"))
+        restore_optimizer(self.optimizer.optimizer, pick(tensors, "optimizer/"), facts["optimizer"])
+        if self.accelerator.scaler and facts["scaler"]:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        self.sums = tensors["sums"][self.rank].clone()
+        self.epoch, self.step, self.best, self.seconds = facts["epoch"], facts["step"], facts["best"], facts["seconds"]
+        self.rows = [Epoch(**row) for row in facts["rows"]]
+
+
+def is_main_process() -> bool:
+    """True in the one process that writes and converts, of those that `accelerate launch` started."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def _seed_everything(*position: int) -> None:
+    """torch (every device), numpy and Python, from a position of the run."""
+    from accelerate.utils import set_seed
+
+    set_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))

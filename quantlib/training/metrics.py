@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quantlib.training.data import Images, as_real
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode without gradients; its mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def batched(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 64) -> Tensor:
@@ -18,13 +31,10 @@ def batched(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 64) -> 
 
 
 def predictions(model: nn.Module, data: Images, size: int = 64) -> Tensor:
-    """Outputs (N, classes) of the model in eval mode on real images; its mode is restored."""
-    was_training = model.training
-    model.eval()
-    try:
-        return batched(lambda codes: model(as_real(codes)), data.codes, size)
-    finally:
-        model.train(was_training)
+    """Outputs (N, classes) of the model in eval mode on real images, on the CPU; its mode is restored."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with evaluating(model):
+        return batched(lambda codes: model(as_real(codes).to(device)).cpu(), data.codes, size)
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:

@@ -6,10 +6,11 @@ import base64
 import html
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from quantlib.training.checkpoint import write_bytes
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #222 }
@@ -20,12 +21,8 @@ th:first-child, td:first-child { text-align: left } pre { background: #f6f6f6; p
 
 
 def write(path: Path, text: str) -> Path:
-    """Writes under a temporary name in the same folder, then renames: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    """Whole or not at all: a reader sees the old file or the new one."""
+    return write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> Path:

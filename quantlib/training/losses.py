@@ -1,0 +1,80 @@
+"""Losses: modules called with (outputs, labels, images), and penalties on parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CrossEntropy(nn.Module):
+    """Mean over the batch of -log softmax(outputs)[label]; smoothing spreads that share of the target over all classes."""
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, outputs: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels, label_smoothing=self.smoothing)
+
+    def extra_repr(self) -> str:
+        return f"smoothing={self.smoothing}"
+
+
+class Distillation(nn.Module):
+    """(1 - label_weight) t^2 KL(softmax(teacher / t) || softmax(outputs / t)) + label_weight * cross entropy, means over the batch.
+
+    teacher: any module of images, frozen here; mode "eval" uses its running statistics, "train" those of the batch (as FracBNN's published
+    script, where train() on the whole model reaches the teacher). Source: Hinton et al., arXiv 1503.02531; FracBNN: t = 1, no labels.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, temperature: float = 1.0, label_weight: float = 0.0, mode: Literal["eval", "train"] = "eval"
+    ) -> None:
+        super().__init__()
+        self.teacher = teacher.requires_grad_(False).train(mode == "train")
+        self.temperature, self.label_weight, self.mode = temperature, label_weight, mode
+
+    def forward(self, outputs: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = F.softmax(self.teacher(images).float() / self.temperature, 1)
+        loss = F.kl_div(F.log_softmax(outputs.float() / self.temperature, 1), target, reduction="batchmean") * self.temperature**2
+        if self.label_weight:
+            loss = (1 - self.label_weight) * loss + self.label_weight * F.cross_entropy(outputs, labels)
+        return loss
+
+    def __repr__(self) -> str:
+        name = type(self.teacher).__name__
+        return f"Distillation({name}, temperature={self.temperature}, label_weight={self.label_weight}, mode={self.mode!r})"
+
+
+def load_teacher(name: str, weights: str | Path, classes: int = 1000) -> nn.Module:
+    """A torchvision classifier by name, with the weights of a file the user gives (.pth, .pt or .safetensors; no code in it is run)."""
+    from torchvision.models import get_model
+
+    path = Path(weights)
+    teacher: nn.Module = get_model(name, weights=None, num_classes=classes)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    missing, unexpected = teacher.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"{path.name} does not fit torchvision's {name} with {classes} classes: missing {missing[:4]}, unexpected {unexpected[:4]} "
+            f"({len(missing)} and {len(unexpected)} in all)"
+        )
+    return teacher
+
+
+def gate_pull(model: nn.Module, target: float, decay: float) -> Tensor:
+    """decay / 2 * sum over trained gating thresholds T of |T - target|^2 (FracBNN's only regularisation of its gates)."""
+    gates = [p for name, p in model.named_parameters() if name.endswith("threshold") and p.requires_grad]
+    return decay / 2 * torch.stack([((g - target) ** 2).sum() for g in gates]).sum() if gates else torch.zeros(())

@@ -1,0 +1,241 @@
+"""FracBNN on CIFAR-10: training in steps, integers, verification, HLS project, C++ and report in one command.
+
+Step 1 trains real-valued weights on quantized activations, step 2 binary weights that start from step 1's best (FracBNN, FPGA 2021, and the
+authors' published hyperparameters, which are the defaults). --steps 1,2,3 leaves the gates open in steps 1 and 2, so that every activation
+has two bits, and trains gated convolutions in step 3 from step 2's weights, as the paper describes; --steps 2 skips real-valued weights.
+The steps are one model with switches.
+
+    python recipes/fracbnn_cifar10.py --data cifar-10-batches-py
+    python recipes/fracbnn_cifar10.py --data train.zip --test test.zip --epochs 20 --images 10000 --gtarget 3 --resume
+    accelerate launch recipes/fracbnn_cifar10.py --data cifar10.zip
+    python recipes/fracbnn_cifar10.py --smoke
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import quantlib as ql
+import zoo
+from quantlib.training import Epoch, Fit, Images, accuracy, digits, fit, is_main_process, predictions, read_images
+from quantlib.training.deploy import Seconds, accuracy_section, curve_facts, deploy, hardware_section, integer_accuracy, training_section
+from quantlib.training.optim import Linear, Schedule, Steps
+from quantlib.training.report import page, table, text, write, write_json
+from quantlib.training.steps import density, use_gating, use_real_weights
+
+PUBLISHED = {"LUT": 51_444, "DSP": 126, "BRAM18": 212, "frames/s": 2806.9, "MHz": 250}  # paper, accelerator on Ultra96-V2
+WEIGHT_DECAY = {1: 1e-5, 2: 0.0, 3: 0.0}
+SCHEDULE: dict[int, Schedule] = {
+    1: Linear(),
+    2: Steps((0.4, 0.6, 0.8)),
+    3: Steps((0.4, 0.6, 0.8)),
+}  # of 250 epochs: times 0.1 at 100, 150, 200
+TITLE = {1: "step 1, real weights", 2: "step 2, binary weights", 3: "step 3, gated"}
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "cifar-10-batches-py"
+    test: str = ""
+    also_test: tuple[str, ...] = ()
+    steps: tuple[int, ...] = (1, 2)
+    epochs: int = 250
+    batch: int = 128
+    lr: float = 1e-3
+    gtarget: float = 0.0
+    images: int = 0
+    curve_every: int = 1
+    fixed_point: str = "12,6"
+    part: str = "xczu3eg"
+    verify_images: int = 64
+    cpp_images: int = 64
+    seed: int = 0
+    threads: int = 0
+    save_every: int = 200
+    precision: str = "no"
+    compile: bool = False
+    strict: bool = False
+    resume: bool = False
+    smoke: bool = False
+    out: str = "build/fracbnn_cifar10"
+
+
+HELP = {
+    "data": "training images: CIFAR-10 as torchvision unpacks it, an .npz, a .zip or a folder of class folders",
+    "test": "test images (default: the split `test` of --data)",
+    "also_test": "further test sets for the final figures, separated by commas",
+    "steps": "1,2 as published; 2: binary from the start; 1,2,3: gates open until step 3",
+    "epochs": "of each step; one number, the schedules keep their shape",
+    "gtarget": "where the gating thresholds are pulled to (published script: -g)",
+    "images": "per epoch, chosen anew each time (0: all)",
+    "curve_every": "measure each epoch on every n-th test image; final figures are on all",
+    "fixed_point": "grid of the integer network: BITS,FRACTION, or authors (the published accelerator's datapath)",
+    "threads": "torch threads (0: as torch decides)",
+    "save_every": "steps between checkpoints",
+    "precision": "no, bf16 or fp16",
+    "compile": "torch.compile (slower on CPU)",
+    "strict": "an unreadable image is an error",
+    "resume": "continue where a killed run stopped",
+    "smoke": "everything once, on a few images made from scikit-learn's digits",
+}
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in words(text))
+
+
+def options(argv: list[str] | None) -> Config:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in asdict(Config()).items():
+        flags = ["-g", "--gtarget"] if name == "gtarget" else [f"--{name.replace('_', '-')}"]
+        text = f"{HELP.get(name, '')} (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})".strip()
+        if isinstance(default, bool):
+            parser.add_argument(*flags, action="store_true", help=HELP[name])
+        elif isinstance(default, tuple):
+            parser.add_argument(*flags, type=numbers if name == "steps" else words, default=default, help=text)
+        else:
+            parser.add_argument(*flags, type=type(default), default=default, help=text)
+    config = Config(**vars(parser.parse_args(argv)))
+    if config.steps not in ((1, 2), (2,), (1, 2, 3), (2, 3)):
+        parser.error(f"--steps {','.join(map(str, config.steps))}: give 1,2 or 2 or 1,2,3 or 2,3")
+    if config.smoke:
+        config = replace(config, epochs=1, batch=32, verify_images=4, cpp_images=2, threads=1)
+    return config
+
+
+def sample(split: str, count: int) -> Images:
+    """The smoke test's images: digits enlarged to 32x32, in three channels."""
+    few = digits(split)[:count]
+    return Images(few.codes.repeat_interleave(4, 2).repeat_interleave(4, 3).repeat(1, 3, 1, 1), few.labels, few.name)
+
+
+def grid(text: str) -> Any:
+    """12,6 -> FixedPoint(12, 6); authors -> "authors"."""
+    if text == "authors":
+        return text
+    bits, fraction = numbers(text)
+    return ql.FixedPoint(bits, fraction)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    config, console, seconds = options(argv), Console(), Seconds()
+    out = Path(config.out)
+    console.print(f"{config}\n", highlight=False)
+    torch.manual_seed(config.seed)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+    with seconds("data"):
+        if config.smoke:
+            train, test, others = sample("train", 96), sample("test", 40), {}
+        else:
+            train = read_images(config.data, "train", config.strict)
+            test = read_images(config.test or config.data, "test", config.strict)
+            others = {path: read_images(path, "test", config.strict) for path in config.also_test}
+    unreadable = train.unreadable | test.unreadable
+    for path, reason in unreadable.items():
+        console.print(f"unreadable, left out: {path} ({reason})", style="yellow", highlight=False)
+    console.print(f"{train.name}: {len(train):,} images; {test.name}: {len(test):,} images", highlight=False)
+
+    # Train: one model, switched from step to step; each step starts from the best weights of the one before.
+    model = zoo.get("fracbnn_cifar10")
+    curves: dict[str, list[Epoch]] = {}
+    for step in config.steps:
+        use_real_weights(model, step == 1)
+        use_gating(model, gated=step == 3 or 3 not in config.steps)
+        settings = Fit(
+            epochs=config.epochs,
+            batch=config.batch,
+            lr=config.lr,
+            weight_decay=WEIGHT_DECAY[step],
+            schedule=SCHEDULE[step],
+            shift=4,
+            flip=True,
+            gate_target=config.gtarget,
+            seed=config.seed + step,
+            images=config.images,
+            drop_last=True,
+            precision=config.precision,  # type: ignore[arg-type]
+            compile=config.compile,
+            channels_last=True,
+            save_every=config.save_every,
+            tensorboard=True,
+        )
+        folder = out / f"step{step}"
+        with seconds(TITLE[step]):
+            curves[TITLE[step]] = fit(
+                model, train, test[:: config.curve_every], settings, title=TITLE[step], out=folder, resume=config.resume
+            )
+        zoo.load(model, folder / "best.safetensors")
+    use_real_weights(model, False)
+    if not is_main_process():
+        return {}
+
+    # Measure, convert, verify, export.
+    scores: dict[str, float] = {}
+    integer = zoo.get("fracbnn_cifar10", fixed_point=grid(config.fixed_point))
+    zoo.load(integer, model.state_dict())
+    with seconds("measure"):
+        for name, images in {test.name: test, **others}.items():
+            scores[f"float, {name}"] = accuracy(predictions(model, images), images.labels)
+    mixed = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))]
+    predictions(model, mixed[:512], 512)
+    bits = 1 + density(model)
+    done = deploy(integer, mixed.codes, config.part, out, config.verify_images, config.cpp_images, seconds)
+    with seconds("run integers"):
+        for name, images in {test.name: test, **others}.items():
+            scores[f"integers {config.fixed_point}, {name}"] = integer_accuracy(done.graph, images)
+
+    result = {
+        "config": asdict(config),
+        "accuracy": scores,
+        "activation_bits": bits,
+        "images": {"train": len(train), "test": len(test)},
+        "unreadable": unreadable,
+        "training": curve_facts(curves),
+        "seconds": seconds.spent,
+        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
+        **done.facts,
+    }
+    write_json(out / "report.json", result)
+    sections = [
+        ("Accuracy", accuracy_section(scores) + text(f"average activation bits on {min(512, len(test))} test images: {bits:.3f}")),
+        ("Training", training_section(curves)),
+        ("Hardware", hardware_section(done, PUBLISHED)),
+        ("Integers against the model", text(str(done.check))),
+        ("Time", table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in seconds.spent.items()])),
+        ("Configuration", table(("option", "value"), result["config"].items())),
+    ]
+    write(out / "report.html", page("fracbnn_cifar10: from training to C++", sections))
+    console.print(summary(result, done))
+    console.print(f"report: {out / 'report.html'}   HLS project: {out / 'hls'}   weights: {folder / 'best.safetensors'}", highlight=False)
+    if not done.ok:
+        raise SystemExit("integers differ: see the report")
+    return result
+
+
+def summary(result: dict[str, Any], done: Any) -> Table:
+    rows = Table(title=f"fracbnn_cifar10 on {done.plan.part}", show_header=False, min_width=72)
+    for name, score in result["accuracy"].items():
+        rows.add_row(name, f"{100 * score:.2f} %")
+    rows.add_row("average activation bits", f"{result['activation_bits']:.3f}")
+    rows.add_row("codes that differ, integers against model", f"{done.check.mismatches:,} of {done.check.codes:,}")
+    rows.add_row("integers that differ, C++ against integers", f"{sum(result['cpp_mismatches'].values()):,}")
+    rows.add_row("cycles per image, frames per second", f"{done.plan.cycles:,}, {done.plan.fps:,.0f} at {done.plan.clock_mhz:g} MHz")
+    rows.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
