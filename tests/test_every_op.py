@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,10 +15,18 @@ import torch
 from quantlib.ir import GraphError, IntType
 from quantlib.ops import Op
 
-_spec = importlib.util.spec_from_file_location("brute", Path(__file__).parent / "ops" / "brute.py")
-assert _spec and _spec.loader
-_brute = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_brute)
+
+def _beside(path: str) -> ModuleType:
+    """A helper module of the tests, by file."""
+    name = "tests_" + Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / path)
+    assert spec and spec.loader
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+_brute, _kernels = _beside("ops/brute.py"), _beside("hls/kernels.py")
 
 COMPUTED = sorted(set(Op.registry) - {"Input"})
 CASES = [(name, i) for name in COMPUTED for i in range(len(Op.registry[name].examples()))]
@@ -126,3 +137,52 @@ def test_structural_ops_carry_the_scale() -> None:
     assert np.array_equal(swapped, np.broadcast_to(np.arange(1, 5).reshape(1, 4, 1) / 8, (3, 4, 2)))
     both = Concat().infer(x, IntType((1, 3, 2), -1, 0, 0.5)).scale
     assert np.array_equal(both.reshape(-1), [0.125, 0.25, 0.375, 0.5, 0.5])
+
+
+KERNEL_CASES = [
+    _kernels.Case(f"{name}-{i}-pe{f.pe}-simd{f.simd}", *case(name, i), f) for name, i in CASES for f in _kernels.foldings(*case(name, i))
+]
+BUILDS = {"fast": ("-DQL_MODE=0",), "timed": ("-DQL_MODE=2", "-DQL_SYNTHESIS_BODIES")}
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
+    """All kernels, twice: one stage after the other with fast leaf bodies; on fibers with a clock and the bodies for synthesis."""
+    folders = {name: tmp_path_factory.mktemp("kernels") / name for name in BUILDS}
+    running = {name: _kernels.compile_cases(KERNEL_CASES, folders[name], flags) for name, flags in BUILDS.items()}
+    for process in running.values():
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors[:4000]
+    yield {name: _kernels.load(folder) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("number", range(len(KERNEL_CASES)), ids=[c.name for c in KERNEL_CASES])
+def test_kernel_equals_evaluate(libraries: dict[str, object], number: int, build: str) -> None:
+    c = KERNEL_CASES[number]
+    x = batch(c.types, 4)
+    got, ticks, blocked = _kernels.run(libraries[build], number, c, [v.numpy() for v in x])
+    assert not blocked
+    assert np.array_equal(got, c.op.evaluate(*x).numpy())
+    if build == "timed":
+        assert [ticks[f"k{k}"] for k in range(len(c.kernels))] == [4 * k.iterations for k in c.kernels]
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_token_counts_of_kernels(name: str, i: int) -> None:
+    """What the depth analysis relies on: demands rise, end within the input, and have one entry per output word."""
+    for c in (c for c in KERNEL_CASES if c.name.startswith(f"{name}-{i}-")):
+        for kernel in c.kernels:
+            for need, x in zip(kernel.demand(), kernel.inputs, strict=True):
+                assert len(need) == kernel.output.words
+                assert (np.diff(need) >= 0).all()
+                assert need[-1] <= x.words
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_illegal_folding_is_a_graph_error(name: str) -> None:
+    from quantlib.schedule import Folding
+
+    op, types = case(name, 0)
+    with pytest.raises(GraphError, match="pe = 1009 must divide"):
+        op.hls(types, op.infer(*types), Folding(1009, 1))

@@ -1,4 +1,7 @@
-"""HLS projects: export writes one, Project.csim compiles and runs it. Names are loaded on first use, because the ops describe their kernels with `call`."""
+"""HLS projects: export writes one, Project.csim compiles and runs it.
+
+Names are loaded on first use, because the ops describe their kernels with `quantlib.hls.call`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an op says about its C++: kernels as data (header, function, template arguments, tables, ports). Only the writer makes text of it."""
+"""What an op says about its C++: kernels as data (header, function, template arguments, tables, ports). The writer makes text of it."""
 
 from __future__ import annotations
 

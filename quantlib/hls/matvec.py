@@ -14,8 +14,8 @@ def fold_weight(weight: np.ndarray, groups: int, pe: int, simd: int) -> np.ndarr
     return columns.transpose(0, 1, 3, 2, 4).reshape(-1, pe, simd)
 
 
-def matvec(number: str, vectors: int, groups: int, nf: int, sf: int, x: Port, y: Port, tables: tuple[Table, ...], header: str = "conv2d.hpp",
-           function: str = "ql::matvec", first: tuple[str, ...] = ()) -> Kernel:  # fmt: skip
+def matvec(number: str, vectors: int, groups: int, nf: int, sf: int, x: Port, y: Port, tables: tuple[Table, ...],
+           header: str = "conv2d.hpp", function: str = "ql::matvec", first: tuple[str, ...] = ()) -> Kernel:  # fmt: skip
     """vectors * groups * nf * sf iterations per image; the nf results of a group need all its sf input words."""
     return Kernel("", header, function, (*first, number, vectors, groups, nf, sf), (x,), y, vectors * groups * nf * sf,
                   lambda: (np.repeat(sf * np.arange(1, vectors * groups + 1), nf),), tables)  # fmt: skip

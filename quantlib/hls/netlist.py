@@ -48,7 +48,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pin:
-    """One end of the network: the integers of an edge on a 64-bit bus, in containers of `bits` bits, `wire.port.lanes` of them per cycle."""
+    """One end of the network: the integers of an edge on a 64-bit bus, in containers of `bits` bits, wire.port.lanes of them a cycle."""
 
     edge: str
     type: IntType
@@ -108,7 +108,9 @@ class _Builder:
         self.net.wires.append(w)
         return w
 
-    def glue(self, label: str, node: str, function: str, words: int, x: Wire, y: tuple[Wire, ...], demand: Callable[[], tuple[Array, ...]]) -> None:
+    def glue(
+        self, label: str, node: str, function: str, words: int, x: Wire, y: tuple[Wire, ...], demand: Callable[[], tuple[Array, ...]]
+    ) -> None:
         self.net.stages.append(Stage(self.identifier(label), node, "ql_glue.hpp", function, (words,), (x,), y, words, demand))
 
     def convert(self, w: Wire, lanes: int, label: str, node: str) -> Wire:
@@ -174,16 +176,20 @@ class _Builder:
 
     def chain(self, node: str, call: Call, inputs: list[Wire]) -> Wire:
         name = self.identifier(node)
-        memory = self.foldings.get(node, Folding()).memory
+        memory, ends = self.foldings.get(node, Folding()).memory, inputs
         for i, kernel in enumerate(call.kernels):
-            ins = inputs if i == 0 else [w]
-            ins = [self.convert(v, p.lanes, f"{node}_in{k}" if i == 0 else f"{node}_mid{i}", node) for k, (v, p) in enumerate(zip(ins, kernel.inputs, strict=True))]
+            ins = [
+                self.convert(v, p.lanes, f"{node}_in{k}" if i == 0 else f"{node}_mid{i}", node)
+                for k, (v, p) in enumerate(zip(ends, kernel.inputs, strict=True))
+            ]
             last = i == len(call.kernels) - 1
             w = self.wire(node if last else f"{node}_{kernel.label}", kernel.output)
             stage = self.identifier(f"{node}_{kernel.label}" if kernel.label else f"{node}_stage")
             tables = tuple((f"{name}_{t.name}", t) for t in kernel.tables)
-            self.net.stages.append(Stage(stage, node, kernel.header, kernel.function, kernel.args, tuple(ins), (w,), kernel.iterations, kernel.demand, tables, memory))
-        return w
+            shape = (kernel.header, kernel.function, kernel.args, tuple(ins), (w,), kernel.iterations, kernel.demand)
+            self.net.stages.append(Stage(stage, node, *shape, tables, memory))
+            ends = [w]
+        return ends[0]
 
 
 def build(graph: Graph, foldings: Mapping[str, Folding], depths: Mapping[str, tuple[int, ...]] | None = None) -> Netlist:
@@ -198,12 +204,12 @@ def build(graph: Graph, foldings: Mapping[str, Folding], depths: Mapping[str, tu
 def required(net: Netlist) -> dict[str, int]:
     """Depths, by wire, that FIFOs into stages with several inputs need so that the network cannot deadlock.
 
-    For each such join, time is counted in words of the nearest wire through which all its inputs come (its dominator: the input of the fork, for a
-    residual block), every stage between running as far as it can after each word: word k of a stage exists at the latest of the times at which the
-    input words it demands exist. A FIFO into the join then holds at most what has arrived up to a time and was not consumed before it. Whether a
-    dataflow network with blocking reads and writes stops does not depend on the order in which its stages run, so depths that suffice for this
-    order (an inner region runs to its end between two words of an outer one) suffice for all. Images do not overlap inside a kernel, so one image
-    tells everything.
+    For each such join, time is counted in words of the nearest wire through which all its inputs come (its dominator: the input of the
+    fork, for a residual block), every stage between running as far as it can after each word: word k of a stage exists at the latest of
+    the times at which the input words it demands exist. A FIFO into the join then holds at most what has arrived up to a time and was
+    not consumed before it. Whether a dataflow network with blocking reads and writes stops does not depend on the order in which its
+    stages run, so depths that suffice for this order (an inner region runs to its end between two words of an outer one) suffice for
+    all. Images do not overlap inside a kernel, so one image tells everything.
     """
     above: dict[str, str | None] = {net.input.wire.name: None}  # the dominator tree
     level: dict[str | None, int] = {None: -1, net.input.wire.name: 0}
@@ -245,7 +251,36 @@ def _join_depths(net: Netlist, number: int, start: str, depths: dict[str, int]) 
         arrived = np.searchsorted(arrival, arrival, side="right")
         exact.append(int((arrived - np.searchsorted(taken, arrival, side="right")).max()))
         loose.append(int((arrived - np.searchsorted(taken, arrival, side="left")).max()))
-    # one input, the lagging one, may run last within a step, and its words are then taken one by one; all others count as arriving before any is taken
-    last = int(np.argmax(np.array(loose) - np.array(exact)))
+    # Counted are all arrivals of a step as if nothing were taken meanwhile. Where the branches have nothing in common below `start` and nothing of them
+    # leads elsewhere, the one that lags may run last within each step, and its words are then taken one by one.
+    last = int(np.argmax(np.array(loose) - np.array(exact))) if _apart(net, number, start) else -1
     for i, w in enumerate(s.inputs):
         depths[w.name] = max(SHALLOW, 1 + (exact if i == last else loose)[i])
+
+
+def _apart(net: Netlist, number: int, start: str) -> bool:
+    """Whether the branches from wire `start` into stage `number` are disjoint and feed no other join."""
+    source = {w.name: i for i, s in enumerate(net.stages) for w in s.outputs}
+    reader = {w.name: i for i, s in enumerate(net.stages) for w in s.inputs}
+    joined: dict[str, bool] = {}  # wire -> some join lies downstream
+    for i in reversed(range(len(net.stages))):
+        s = net.stages[i]
+        below = len(s.inputs) > 1 or any(joined[w.name] if w.name in reader else False for w in s.outputs)
+        joined.update(dict.fromkeys((w.name for w in s.inputs), below))
+    branches = []
+    for w in net.stages[number].inputs:
+        branch: set[int] = set()
+        todo = [w.name]
+        while todo:
+            name = todo.pop()
+            if name != start and source[name] not in branch:
+                branch.add(source[name])
+                todo += [v.name for v in net.stages[source[name]].inputs]
+        branches.append(branch)
+    region = set().union(*branches)
+    fork = reader[start]
+    shared = sum(map(len, branches)) - len(region) - (sum(fork in b for b in branches) - 1 if fork in region else 0)
+    leaves = any(
+        w.name in reader and joined[w.name] and reader[w.name] not in region | {number} for i in region for w in net.stages[i].outputs
+    )
+    return shared == 0 and not leaves

@@ -42,8 +42,9 @@ class Deadlock(RuntimeError):
 class Timing:
     """What a bounded or timed simulation saw.
 
-    cycles: per image in steady state (mean distance between images at the outputs; of one image alone, its latency); latency: first image, from
-    the first input word to the last output word. iterations: stage -> loop iterations per image. marks: FIFO -> (most words it ever held, its depth).
+    cycles: per image in steady state (mean distance between images at the outputs; of one image alone, its latency); latency: first
+    image, from the first input word to the last output word. iterations: stage -> loop iterations per image. marks: FIFO -> (most words
+    it ever held, its depth).
     """
 
     cycles: float
@@ -65,9 +66,9 @@ class Project:
     def csim(self, x: Any, mode: str = "fast", integers: bool = False, depths: Mapping[str, int] | None = None) -> Any:
         """Outputs for the images x, as `ql.run(graph, x)` gives them; with integers=True a dict edge -> int64 tensor (N, *shape).
 
-        mode: "fast" runs the stages one after the other; "fifo" runs them side by side on FIFOs of the generated depths; "timed" also counts cycles
-        (both fill `last`). depths: other depths for single FIFOs, by name, in these two modes. Raises Deadlock with every blocked stage; ExportError
-        when there is no compiler.
+        mode: "fast" runs the stages one after the other; "fifo" runs them side by side on FIFOs of the generated depths; "timed" also
+        counts cycles (both fill `last`). depths: other depths for single FIFOs, by name, in these two modes. Raises Deadlock with every
+        blocked stage; ExportError when there is no compiler.
         """
         from quantlib.evaluator import decode, encode
 
@@ -176,9 +177,10 @@ def _processor() -> str:
 def export(graph: Graph, folder: str | os.PathLike[str], part: str = "xczu3eg", plan: Plan | None = None) -> Project:
     """Writes a complete HLS project for the graph and returns it.
 
-    plan: what `ql.estimate` returned for this graph (folding, FIFO depths, clock); None makes one for `part`. The folder holds include/, params/ (one
-    file per table), src/ (network, two tops, test bench, simulation), golden/, Makefile (`make csim`), project.tcl and driver.py. An existing folder is
-    replaced when it was written by export and refused, untouched, when it was not (ExportError); the new one is complete before the old one goes.
+    plan: what `ql.estimate` returned for this graph (folding, FIFO depths, clock); None makes one for `part`. The folder holds include/,
+    params/ (one file per table), src/ (network, two tops, test bench, simulation), golden/, Makefile (`make csim`), project.tcl and
+    driver.py. An existing folder is replaced when it was written by export and refused, untouched, when it was not (ExportError); the
+    new one is complete before the old one goes.
     """
     from quantlib.schedule import estimate
 
@@ -203,8 +205,8 @@ def check_folder(target: Path) -> None:
             raise ExportError(f"{target} exists and was not written by export (no {MANIFEST}): choose another folder or remove it yourself")
 
 
-def write(graph: Graph, target: Path, foldings: Mapping[str, Folding], depths: Mapping[str, tuple[int, ...]] | None = None, part: str = "xczu3eg",
-          clock_ns: float = 4.0) -> Project:  # fmt: skip
+def write(graph: Graph, target: Path, foldings: Mapping[str, Folding], depths: Mapping[str, tuple[int, ...]] | None = None,
+          part: str = "xczu3eg", clock_ns: float = 4.0) -> Project:  # fmt: skip
     """`export` with explicit foldings and depths instead of a plan."""
     check_folder(target)
     net = netlist.build(graph, foldings, depths)

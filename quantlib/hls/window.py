@@ -13,7 +13,8 @@ from quantlib.ir import IntType
 
 @dataclass(frozen=True)
 class Window:
-    """A sliding window over x with `lanes` channels per word; per pixel `groups` groups are written one after the other, each with all its taps.
+    """A sliding window over x with `lanes` channels per word; per pixel `groups` groups are written one after the other, each with all
+    its taps.
 
     kernel, stride, dilation are (rows, columns), padding is (t, b, l, r), out the number of windows (rows, columns).
     Iterations per image: fill + sum over output rows r of max(OUT, reads(r)); nothing overlaps between images.
@@ -65,7 +66,7 @@ class Window:
         return min((self.kernel[0] - 1) * self.dilation[0] + 1 + self.stride[0], self.x.shape[1])
 
     def demand(self) -> tuple[np.ndarray]:
-        """Within the phase of an output row, writes and reads are spread evenly over its iterations, a write coming before the read of its iteration."""
+        """In the phase of an output row, writes and reads are spread evenly; in one iteration the write comes before the read."""
         rows = []
         for r in range(self.out[0]):
             reads, words = self.reads(r), self.out_words

@@ -64,7 +64,7 @@ def table_files(name: str, table: Table) -> tuple[dict[str, str | bytes], str]:
     if array.size <= BIG:
         return {f"params/{name}.h": f"{about}QL_TABLE({types[0]}, {types[1]}) {name}{dims} = {{\n{rows}\n}};\n"}, ""
     text = (
-        f"{about}#ifdef __SYNTHESIS__\nstatic const {types[1]} {name}{dims} = {{\n#include \"{name}.inc\"\n}};\n"
+        f'{about}#ifdef __SYNTHESIS__\nstatic const {types[1]} {name}{dims} = {{\n#include "{name}.inc"\n}};\n'
         f"#else  // simulation reads {name}.bin\nstatic {types[0]} {name}{dims};\n#endif\n"
     )
     data = array.astype(kind.newbyteorder("<")).tobytes()
@@ -119,8 +119,8 @@ def network(graph: Graph, net: Netlist, loads: Sequence[str]) -> str:
     parameters = [f"{stream_type(p)}& {p.wire.name}" for p in (net.input, *net.outputs)]
     stages = [*(line for s in net.stages for line in memory_pragmas(s)), *map(stage_line, net.stages)]
     return template(
-        "network.hpp", graph=graph.name, includes="\n".join(dict.fromkeys(includes)), parameters=", ".join(parameters), streams=stream_lines(net),
-        stages="\n".join(stages), loads="\n".join(loads),
+        "network.hpp", graph=graph.name, includes="\n".join(dict.fromkeys(includes)), parameters=", ".join(parameters),
+        streams=stream_lines(net), stages="\n".join(stages), loads="\n".join(loads),
     )  # fmt: skip
 
 
@@ -138,16 +138,27 @@ def csim(net: Netlist) -> str:
     arguments = ", ".join([first.name, *(p.wire.name for p in last), "images"])
     calls = [f'    QL_STAGE("source", ql::source(in, {first.name}, uint64_t({first.port.words}), images));', f"    network({arguments});"]
     calls += [
-        f'    QL_STAGE("sink{k}", ql::sink({p.wire.name}, out[{k}], uint64_t({p.wire.port.words}), &times[{k}], images));' for k, p in enumerate(last)
+        f'    QL_STAGE("sink{k}", ql::sink({p.wire.name}, out[{k}], uint64_t({p.wire.port.words}), &times[{k}], images));'
+        for k, p in enumerate(last)
     ]
     advance = [f"            at[{k}] = out[{k}] + n * uint64_t({p.type.numel});" for k, p in enumerate(last)]
-    return template("csim.cpp", ports=port_lines(net), calls="\n".join(calls), outputs=len(last), advance="\n".join(advance), in_elements=net.input.type.numel)
+    return template(
+        "csim.cpp",
+        ports=port_lines(net),
+        calls="\n".join(calls),
+        outputs=len(last),
+        advance="\n".join(advance),
+        in_elements=net.input.type.numel,
+    )
 
 
 def tops(graph: Graph, net: Netlist) -> dict[str, str]:
     pins = (net.input, *net.outputs)
     ports = ["in", *(f"out{k}" for k in range(len(net.outputs)))]
-    layout = "\n".join(f"// {name}: edge {p.edge}, {p.type}, {p.bits}-bit containers, {p.bus_words} words per image" for name, p in zip(ports, pins, strict=True))
+    layout = "\n".join(
+        f"// {name}: edge {p.edge}, {p.type}, {p.bits}-bit containers, {p.bus_words} words per image"
+        for name, p in zip(ports, pins, strict=True)
+    )
     axis = ", ".join(f"hls::stream<bus_word>& {n}" for n in ports)
     memory = ", ".join(f"{'const ' if n == 'in' else ''}uint64_t* {n}" for n in ports)
 
@@ -157,18 +168,21 @@ def tops(graph: Graph, net: Netlist) -> dict[str, str]:
         lines = [f'    QL_STAGE("enter", ql::enter<{p.type.numel}, {p.bits}>({kind[0]}{{in}}, {p.wire.name}, images));']
         lines.append(f"    network({', '.join([q.wire.name for q in pins])}, images);")
         lines += [
-            f'    QL_STAGE("leave{k}", ql::leave<{q.type.numel}, {q.bits}>({q.wire.name}, {kind[1]}{{out{k}}}, images));' for k, q in enumerate(net.outputs)
+            f'    QL_STAGE("leave{k}", ql::leave<{q.type.numel}, {q.bits}>({q.wire.name}, {kind[1]}{{out{k}}}, images));'
+            for k, q in enumerate(net.outputs)
         ]
         return "\n".join([*lines, "    QL_RUN();"])
 
     axis_pragmas = "\n".join(f"#pragma HLS INTERFACE axis port = {n}" for n in ports)
     depth = {n: p.bus_words * 4 for n, p in zip(ports, pins, strict=True)}
-    memory_pragmas = "\n".join(f"#pragma HLS INTERFACE m_axi port = {n} offset = slave bundle = gmem{i} depth = {depth[n]}" for i, n in enumerate(ports))
+    memory_pragmas = "\n".join(
+        f"#pragma HLS INTERFACE m_axi port = {n} offset = slave bundle = gmem{i} depth = {depth[n]}" for i, n in enumerate(ports)
+    )
     return {
         "src/top.hpp": template("top.hpp", layout=layout, axis_parameters=axis, memory_parameters=memory),
         "src/top.cpp": template(
-            "top.cpp", axis_parameters=axis, memory_parameters=memory, axis_pragmas=axis_pragmas, memory_pragmas=memory_pragmas, ports=port_lines(net),
-            axis_calls=calls("axis"), memory_calls=calls("memory"),
+            "top.cpp", axis_parameters=axis, memory_parameters=memory, axis_pragmas=axis_pragmas, memory_pragmas=memory_pragmas,
+            ports=port_lines(net), axis_calls=calls("axis"), memory_calls=calls("memory"),
         ),
     }  # fmt: skip
 
@@ -203,9 +217,9 @@ def testbench(net: Netlist, images: int) -> str:
 
 def driver(net: Netlist) -> str:
     def edge(p: Pin) -> str:
-        return f"({map_shape(p.type)}, \"{'' if p.type.signed else 'u'}int{p.bits}\")"
+        return f'({map_shape(p.type)}, "{"" if p.type.signed else "u"}int{p.bits}")'
 
-    return template("driver.py", input=edge(net.input), outputs="[" + ", ".join(map(edge, net.outputs)) + "]")
+    return template("driver.py.in", input=edge(net.input), outputs="[" + ", ".join(map(edge, net.outputs)) + "]")
 
 
 def project(graph: Graph, net: Netlist, part: str, clock_ns: float, golden: tuple[Array, Mapping[str, Array]]) -> dict[str, str | bytes]:
@@ -228,7 +242,7 @@ def project(graph: Graph, net: Netlist, part: str, clock_ns: float, golden: tupl
     files["golden/input.txt"] = _numbers(to_stream(golden[0], net.input.type))
     for k, p in enumerate(net.outputs):
         files[f"golden/output{k}.txt"] = _numbers(to_stream(golden[1][p.edge], p.type))
-    files["Makefile"] = template("Makefile")
+    files["Makefile"] = template("project.mk")
     files["project.tcl"] = template("project.tcl", part=part, clock=f"{clock_ns:g}")
     files["driver.py"] = driver(net)
     return files

@@ -43,7 +43,7 @@ class AffineJoin(Op):
         super().__post_init__()
         set_narrow(self, self.sizes, self.lows, self.steps)
         expect(self.offset.ndim == 2 and self.thresholds.ndim == 2 and self.thresholds.size > 0, self,
-               f"offset must be (C or 1, K) and thresholds (C or 1, L), got shapes {self.offset.shape} and {self.thresholds.shape}")  # fmt: skip
+               f"offset is (C or 1, K) and thresholds (C or 1, L), got shapes {self.offset.shape} and {self.thresholds.shape}")  # fmt: skip
         k = int(np.prod(self.sizes))
         expect(k == self.offset.shape[1], self, f"sizes {self.sizes} give K = {k}, offset has shape {self.offset.shape}")
         expect(self.step >= 1 and 0 <= self.shift < 62, self, f"step {self.step} and shift {self.shift} make no sense")
@@ -101,8 +101,10 @@ class AffineJoin(Op):
 
         shape = (4, 3, 5)
         return [
-            (cls(rng.integers(-500, 501, (4, 6)), 4, rows(4, 3, 3000), sign(4), -2, 1, (6,), (-3,), (1,)), (IntType(shape, -200, 200), IntType(shape, -3, 2))),
+            (cls(rng.integers(-500, 501, (4, 6)), 4, rows(4, 3, 3000), sign(4), -2, 1, (6,), (-3,), (1,)),
+             (IntType(shape, -200, 200), IntType(shape, -3, 2))),
             (cls(rng.integers(-50, 51, (1, 8)), 0, rows(4, 2, 80), sign(1), -2, 2, (2, 4), (-1, 0), (2, 1)),
              (IntType(shape, -40, 39), IntType(shape, -1, 1, 1.0, 2), IntType(shape, 0, 3))),
-            (cls(rng.integers(-500, 501, (6, 3)), 2, rows(1, 30, 2**22), sign(6), 0, 1, (3,), (0,)), (IntType((6,), -(2**20), 2**20), IntType((6,), 0, 2))),
+            (cls(rng.integers(-500, 501, (6, 3)), 2, rows(1, 30, 2**22), sign(6), 0, 1, (3,), (0,)),
+             (IntType((6,), -(2**20), 2**20), IntType((6,), 0, 2))),
         ]  # fmt: skip

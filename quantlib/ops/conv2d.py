@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Conv2d(Op):
-    """y[o, r, c] = sum over i, u, v of weight[o, i, u, v] * x[g*I/groups + i, r*sh - t + u*dh, c*sw - l + v*dw]; taps outside the image add 0.
+    """y[o, r, c] = sum over i, u, v of weight[o, i, u, v] * x[g*I/groups + i, r*sh - t + u*dh, c*sw - l + v*dw]; taps outside the image
+    add 0.
 
-    x (I, H, W) -> y (O, H', W'), H' = floor((H + t + b - dh*(kh-1) - 1) / sh) + 1. weight (O, I/groups, kh, kw); padding is (t, b, l, r), may differ
-    per side. The interval is the widest one over the output channels, from the sums of positive and of negative weights (with 0 where taps may be
-    outside). GraphError when the channels or the window do not fit.
+    x (I, H, W) -> y (O, H', W'), H' = floor((H + t + b - dh*(kh-1) - 1) / sh) + 1. weight (O, I/groups, kh, kw); padding is (t, b, l,
+    r), may differ per side. The interval is the widest one over the output channels, from the sums of positive and of negative weights
+    (with 0 where taps may be outside). GraphError when the channels or the window do not fit.
     """
 
     weight: np.ndarray
@@ -51,8 +52,12 @@ class Conv2d(Op):
     def infer(self, *x: IntType) -> IntType:
         expect(len(x) == 1, self, f"takes one input, got {len(x)}")
         shape = out_shape(self, x[0], self.weight.shape[0], self.weight.shape[2:], self.stride, self.padding, self.dilation)
-        expect(x[0].shape[0] == self.weight.shape[1] * self.groups, self,
-               f"weight {self.weight.shape} in {self.groups} groups reads {self.weight.shape[1] * self.groups} channels, the input is {x[0]}")  # fmt: skip
+        wanted = self.weight.shape[1] * self.groups
+        expect(
+            x[0].shape[0] == wanted,
+            self,
+            f"weight {self.weight.shape} in {self.groups} groups reads {wanted} channels, the input is {x[0]}",
+        )
         return sum_type(self.weight, x[0], shape, any(self.padding))
 
     def evaluate(self, *x: Tensor) -> Tensor:
@@ -74,9 +79,11 @@ class Conv2d(Op):
         return (self.groups, 1) if self.depthwise else (self.weight.shape[0] // self.groups, self.weight.shape[1])
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """Window, then pe outputs x simd inputs per cycle: OH*OW * (O/pe) * (kh*kw*(I/groups)/simd) iterations per image; pe divides O/groups, simd I/groups.
+        """Window, then pe outputs x simd inputs per cycle: OH*OW * (O/pe) * (kh*kw*(I/groups)/simd) iterations per image; pe divides
+        O/groups, simd I/groups.
 
-        Depthwise (I/groups = 1, O = groups): pe channels per cycle, OH*OW * (C/pe) * kh*kw. A 1x1 kernel with stride 1 and no padding has no window.
+        Depthwise (I/groups = 1, O = groups): pe channels per cycle, OH*OW * (C/pe) * kh*kw. A 1x1 kernel with stride 1 and no padding
+        has no window.
         """
         o, per_group, kh, kw = self.weight.shape
         limits = self.folds(x, y)

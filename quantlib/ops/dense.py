@@ -56,7 +56,7 @@ class Dense(Op):
         return self.weight.shape
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """pe outputs x simd inputs per cycle, inputs in stream order (H, W, C): (O/pe) * (K/simd) iterations per image; pe divides O, simd K."""
+        """pe outputs x simd inputs per cycle, inputs in stream order (H, W, C): (O/pe) * (K/simd) iterations; pe divides O, simd K."""
         o, k = self.weight.shape
         pe, simd = divides(self, "pe", folding.pe, o), divides(self, "simd", folding.simd, k)
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FixedMerge:
-    """The fixed-point merge of an accelerator: t = R(msb * sat(M << fraction_in)); out = sat(((t << shift) + lsb * sat(L << fraction_in) + half) >> shift)
+    """The fixed-point merge of an accelerator: t = R(msb * sat(M << fraction_in)); out = sat(((t << shift) + lsb * sat(L << fraction_in)
+    + half) >> shift)
 
     with half = 1 << (shift - 1), R(v) = sat((v + half) >> shift) and sat clamping to lo..hi. The defaults are those of
     FracBNN's CIFAR-10 accelerator: 16-bit words with 7 fraction bits, 171/256 and 85/256 for two thirds and one third.
@@ -53,11 +54,12 @@ class FixedMerge:
 
 @dataclass(frozen=True, eq=False)
 class FractionalConv2d(Op):
-    """Two-bit codes n in {-3, -1, 1, 3} are two signs, n = 2m + l with m = sign(n); the low plane counts only where the high sum reaches a gate.
+    """Two-bit codes n in {-3, -1, 1, 3} are two signs, n = 2m + l with m = sign(n); the low plane counts only where the high sum reaches
+    a gate.
 
     M[o] = conv(weight, m), L[o] = conv(weight, l) (taps outside the image add 0 to both); y = 2M + (L where M >= gate[o] else 0), or
-    merge(M, L where open else 0) with a FixedMerge. x (I, H, W) with lo -3, hi 3, step 2 -> y (O, H', W'). weight (O, I/groups, kh, kw) of +-1;
-    gate (O,). Source: FracBNN (specification section 7, step 3, for the merge). GraphError for other codes, weights or shapes.
+    merge(M, L where open else 0) with a FixedMerge. x (I, H, W) with lo -3, hi 3, step 2 -> y (O, H', W'). weight (O, I/groups, kh, kw)
+    of +-1; gate (O,). Source: FracBNN (specification section 7, step 3, for the merge). GraphError for other codes, weights or shapes.
     """
 
     weight: np.ndarray
@@ -91,8 +93,12 @@ class FractionalConv2d(Op):
     def infer(self, *x: IntType) -> IntType:
         expect(len(x) == 1, self, f"takes one input, got {len(x)}")
         shape = out_shape(self, x[0], self.weight.shape[0], self.weight.shape[2:], self.stride, self.padding)
-        expect(x[0].shape[0] == self.weight.shape[1] * self.groups, self,
-               f"weight {self.weight.shape} in {self.groups} groups reads {self.weight.shape[1] * self.groups} channels, the input is {x[0]}")  # fmt: skip
+        wanted = self.weight.shape[1] * self.groups
+        expect(
+            x[0].shape[0] == wanted,
+            self,
+            f"weight {self.weight.shape} in {self.groups} groups reads {wanted} channels, the input is {x[0]}",
+        )
         expect((x[0].lo, x[0].hi, x[0].step) == (-3, 3, 2), self, f"reads the codes -3, -1, 1, 3, the input is {x[0]}")
         k = self.taps
         if self.merge is None:
@@ -123,7 +129,7 @@ class FractionalConv2d(Op):
         return self.weight.shape[0] // self.groups, self.weight.shape[1]
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """Window, then pe outputs x simd inputs per cycle: OH*OW * (O/pe) * (kh*kw*(I/groups)/simd) iterations per image; pe divides O/groups, simd I/groups."""
+        """As Conv2d: OH*OW * (O/pe) * (kh*kw*(I/groups)/simd) iterations per image; pe divides O/groups, simd I/groups."""
         o, per_group, kh, kw = self.weight.shape
         limits = self.folds(x, y)
         pe, simd = divides(self, "pe", folding.pe, limits[0]), divides(self, "simd", folding.simd, limits[1])
@@ -134,7 +140,8 @@ class FractionalConv2d(Op):
         )
         m = self.merge
         merge = "ql::PlainMerge" if m is None else f"ql::FixedMerge<{m.msb}, {m.lsb}, {m.fraction_in}, {m.shift}, {m.lo}, {m.hi}>"
-        products = matvec(carrier(self.magnitude(*x)), y.shape[1] * y.shape[2], self.groups, o // self.groups // pe, kh * kw * per_group // simd,
+        places, number = y.shape[1] * y.shape[2], carrier(self.magnitude(*x))
+        products = matvec(number, places, self.groups, o // self.groups // pe, kh * kw * per_group // simd,
                           window.stage().output, port(y, pe), tables, "fractional_conv2d.hpp", "ql::gated_matvec", (merge,))  # fmt: skip
         plain = (kh, kw) == (1, 1) == self.stride and not any(self.padding)
         return Call((products,) if plain else (window.stage(), products))

@@ -64,10 +64,9 @@ class MaxPool(Op):
         lowest = -math.inf if v.is_floating_point() else torch.iinfo(v.dtype).min
         y = F.max_pool2d(pad_value(v, (t, b, left, r), lowest), self.kernel, self.stride, 0, self.dilation)
         if self.ceil:
-            rows, cols = (
-                out_size(v.shape[2 + a], self.kernel[a], self.stride[a], *self.padding[2 * a : 2 * a + 2], self.dilation[a], True)
-                for a in (0, 1)
-            )
+            t, b, left, r = self.padding
+            rows = out_size(v.shape[2], self.kernel[0], self.stride[0], t, b, self.dilation[0], True)
+            cols = out_size(v.shape[3], self.kernel[1], self.stride[1], left, r, self.dilation[1], True)
             y = y[:, :, :rows, :cols].contiguous()
         return y
 
@@ -75,7 +74,7 @@ class MaxPool(Op):
         return x[0].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """Window, then pe channels of one tap per cycle: OH*OW * (C/pe) * kh*kw iterations per image; a window that is the whole map needs H*W*C/pe."""
+        """Window, then pe channels of one tap per cycle: OH*OW * (C/pe) * kh*kw iterations per image; over the whole map H*W*C/pe."""
         return pool_call(
             self,
             "max_pool.hpp",

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Rearrange(Op):
     """y.flat[i] = x.flat[index.flat[i]], both in C order.
 
-    x any shape -> y index.shape, same interval; index holds numbers in 0..numel-1. The hardware buffers the whole map, so Select, Slice2d and
-    Reshape are preferred where they say the same. The scale is carried along. GraphError when an index does not exist.
+    x any shape -> y index.shape, same interval; index holds numbers in 0..numel-1. The hardware buffers the whole map, so Select,
+    Slice2d and Reshape are preferred where they say the same. The scale is carried along. GraphError when an index does not exist.
     """
 
     index: np.ndarray
@@ -49,7 +49,7 @@ class Rearrange(Op):
         return x[0].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """Reads the map, then writes it: numel(x)/li + numel(y)/pe iterations per image, li the largest divisor of the input's channels up to pe."""
+        """Reads the map, then writes it: numel(x)/li + numel(y)/pe iterations, li the largest divisor of the input's channels up to pe."""
         return Call((rearrange(self, x[0], y, self.index.reshape(-1), folding.pe),))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:

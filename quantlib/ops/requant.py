@@ -81,7 +81,7 @@ class Requant(Op):
         return each(self, "requant.hpp", args, x, y, folding.pe, self.magnitude(*x), (Table("factors", factors),))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """Per lane a product, a sum, a shift by a constant (free) and two compares for the clamp; a kink adds one compare and wider tables."""
+        """Per lane a product, a sum, a free shift and two compares for the clamp; a kink adds one compare and wider tables."""
         mul, add = words(self, "mul", "mul2"), words(self, "add", "add2")
         product = x[0].bits + mul.bits
         lane = multiply(x[0].bits, mul.bits) + adder(max(product, add.bits)) + compare(max(product, add.bits)).times(2)

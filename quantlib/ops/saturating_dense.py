@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SaturatingDense(Op):
-    """acc = bias[o]; for k in order: acc = clamp(acc + ((weight[o, k] * x[k] + half) >> shift), lo, hi), half = 1 << (shift - 1); y[o] = acc.
+    """acc = bias[o]; for k in order: acc = clamp(acc + ((weight[o, k] * x[k] + half) >> shift), lo, hi), half = 1 << (shift - 1); y[o] =
+    acc.
 
     x (K,) or (K, 1, 1) -> y (O,). weight (O, K), bias (O,) within lo..hi. The order of k is part of the meaning. Source: the fixed-point
     classifier of FracBNN's CIFAR-10 accelerator (specification section 7, step 7). GraphError when shapes differ.

@@ -48,7 +48,7 @@ class Select(Op):
         return x[0].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """Writes a pixel while it reads the next: (H*W + 1) * max(C/li, C'/pe) iterations per image, li the largest divisor of C up to pe."""
+        """Writes a pixel while it reads the next: (H*W + 1) * max(C/li, C'/pe) iterations, li the largest divisor of C up to pe."""
         pe, li, places = divides(self, "pe", folding.pe, y.shape[0]), lanes_up_to(folding.pe, x[0].shape[0]), pixels(y)
         words_in, words_out = x[0].shape[0] // li, y.shape[0] // pe
 
@@ -61,7 +61,7 @@ class Select(Op):
                             (places + 1) * max(words_in, words_out), demand, (table,)),))  # fmt: skip
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """The channels of a pixel are stored twice (one is written while the other is read) and picked by number; one pixel more per image."""
+        """The channels of a pixel are stored twice (one is written while the other is read) and picked; one pixel more per image."""
         lanes, places = lanes_up_to(folding.pe, x[0].shape[0]), y.numel // y.shape[0]
         cycles = (places + 1) * max(x[0].shape[0] // lanes, y.shape[0] // folding.pe)
         return loop(cycles, folding.pe * y.bits, 1 / places) + memory(2 * x[0].shape[0] // lanes, lanes * x[0].bits)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Slice2d(Op):
     """y = x[:, rows[0]:rows[1]:rows[2], cols[0]:cols[1]:cols[2]].
 
-    x (C, H, W) -> y (C, H', W'), same interval; rows and cols are (start, stop, step) with 0 <= start < stop <= size and step >= 1. The scale
-    is carried along. GraphError when the slice leaves the image.
+    x (C, H, W) -> y (C, H', W'), same interval; rows and cols are (start, stop, step) with 0 <= start < stop <= size and step >= 1. The
+    scale is carried along. GraphError when the slice leaves the image.
     """
 
     rows: tuple[int, int, int]

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class SumPool(Op):
     """y[c, r, q] = sum over u, v of x[c, r*sh - t + u, q*sw - l + v]; taps outside the image add 0.
 
-    x (C, H, W) -> y (C, H', W'), H' = floor((H + t + b - kh) / sh) + 1; interval: the number of taps inside times the input's. Global pooling is
-    kernel = (H, W). padding is (t, b, l, r). GraphError when the window does not fit.
+    x (C, H, W) -> y (C, H', W'), H' = floor((H + t + b - kh) / sh) + 1; interval: the number of taps inside times the input's. Global
+    pooling is kernel = (H, W). padding is (t, b, l, r). GraphError when the window does not fit.
     """
 
     kernel: tuple[int, int]
@@ -66,13 +66,13 @@ class SumPool(Op):
         return self.kernel[0] * self.kernel[1] * x[0].magnitude
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """Window, then pe channels of one tap per cycle: OH*OW * (C/pe) * kh*kw iterations per image; a window that is the whole map needs H*W*C/pe."""
+        """Window, then pe channels of one tap per cycle: OH*OW * (C/pe) * kh*kw iterations per image; over the whole map H*W*C/pe."""
         return pool_call(
             self, "sum_pool.hpp", "ql::Sum", x[0], y, folding.pe, (self.kernel, self.stride, self.padding, (1, 1)), 0, self.magnitude(*x)
         )
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """An adder per lane for one tap per cycle, behind the windows of the image; over the whole map one running sum per channel instead."""
+        """An adder per lane for one tap per cycle, behind the windows of the image; over the whole map a running sum per channel."""
         if self.kernel == x[0].shape[1:] and not any(self.padding):
             unit = adder(y.bits) + memory(y.shape[0] // folding.pe, y.bits)
             return loop(x[0].numel // folding.pe, folding.pe * y.bits, 1.0) + unit.times(folding.pe)

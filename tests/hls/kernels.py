@@ -62,9 +62,16 @@ def source(case: Case, number: int, folder: Path) -> str:
                 assert isinstance(content, str)
                 (folder / path).write_text(content)
         out = wire(kernel.output)
-        lines.append(writer.stage_line(Stage(f"k{k}", "", kernel.header, kernel.function, kernel.args, tuple(ends), (out,), 0, kernel.demand, tables)))
+        lines.append(
+            writer.stage_line(
+                Stage(f"k{k}", "", kernel.header, kernel.function, kernel.args, tuple(ends), (out,), 0, kernel.demand, tables)
+            )
+        )
         ends = [out]
-    streams = [f'    hls::stream<{writer.word(w.port.ctype, w.port.lanes)}> {w.name}("{w.name}");\n    QL_DEPTH({w.name}, {w.depth});' for w in wires]
+    streams = [
+        f'    hls::stream<{writer.word(w.port.ctype, w.port.lanes)}> {w.name}("{w.name}");\n    QL_DEPTH({w.name}, {w.depth});'
+        for w in wires
+    ]
     feeds = [f'    QL_STAGE("source{i}", ql::source(in[{i}], {w.name}, uint64_t({w.port.words}), images));' for i, w in enumerate(inputs)]
     sink = f'    QL_STAGE("sink", ql::sink({ends[0].name}, out, uint64_t({ends[0].port.words}), &times[0], images));'
     return "\n".join([f"static void case_{number}(const int64_t* const* in, int64_t* out, unsigned images) {{",
@@ -82,17 +89,37 @@ def compile_cases(cases: Sequence[Case], folder: Path, flags: Sequence[str]) -> 
         (folder / "include" / name).write_text(content)
     tables = sorted(p.name for p in (folder / "params").glob("*.h"))
     table = ", ".join(f"case_{i}" for i in range(len(cases)))
-    text = [*(f'#include "{h}"' for h in wanted), *(f'#include "{t}"' for t in tables), "#include <cstring>", "static std::string last_report;", *bodies]
+    text = [
+        *(f'#include "{h}"' for h in wanted),
+        *(f'#include "{t}"' for t in tables),
+        "#include <cstring>",
+        "static std::string last_report;",
+        *bodies,
+    ]
     text += [
         f"static void (*const cases[])(const int64_t* const*, int64_t*, unsigned) = {{{table}}};",
-        'extern "C" __attribute__((visibility("default"))) uint64_t run_case(unsigned i, const int64_t* const* in, int64_t* out, unsigned images) {',
-        "    try {\n        cases[i](in, out, images);\n    } catch (const std::exception& e) {\n        last_report = std::string(\"error \") + e.what() + \"\\n\";\n    }", "    return last_report.size();\n}",
-        'extern "C" __attribute__((visibility("default"))) void get_report(char* to) { std::memcpy(to, last_report.data(), last_report.size()); }',
+        '#define EXPORT extern "C" __attribute__((visibility("default")))',
+        "EXPORT uint64_t run_case(unsigned i, const int64_t* const* in, int64_t* out, unsigned images) {",
+        "    try {\n        cases[i](in, out, images);\n    } catch (const std::exception& e) {",
+        '        last_report = std::string("error ") + e.what() + "\\n";\n    }',
+        "    return last_report.size();\n}",
+        "EXPORT void get_report(char* to) { std::memcpy(to, last_report.data(), last_report.size()); }",
     ]
     (folder / "cases.cpp").write_text("\n".join(text) + "\n")
     shim = Path(netlist.__file__).parent / "include" / "shim"
     optimise = [f for f in FLAGS if not re.match(r"-O|-march", f)]
-    command = [compiler(), *optimise, "-O1", *flags, f"-I{folder / 'include'}", f"-I{folder / 'params'}", f"-I{shim}", "cases.cpp", "-o", "cases.so"]
+    command = [
+        compiler(),
+        *optimise,
+        "-O0",
+        *flags,
+        f"-I{folder / 'include'}",
+        f"-I{folder / 'params'}",
+        f"-I{shim}",
+        "cases.cpp",
+        "-o",
+        "cases.so",
+    ]
     return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
 
 

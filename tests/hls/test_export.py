@@ -1,0 +1,152 @@
+"""The files of a project: what is there, what is refused, what the test bench says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import quantlib as ql
+from quantlib.evaluator import execute
+from quantlib.hls import ExportError, project, writer
+from quantlib.ir import GraphError
+
+
+@pytest.fixture(scope="module")
+def made(nets: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> project.Project:
+    graph, folding = nets.small()
+    return project.write(graph, tmp_path_factory.mktemp("export") / "deep" / "small", folding)
+
+
+def test_project_is_complete_and_names_no_place(made: project.Project) -> None:
+    files = {str(p.relative_to(made.folder)) for p in made.folder.rglob("*") if p.is_file() and "build" not in p.parts}
+    manifest = json.loads((made.folder / project.MANIFEST).read_text())
+    assert set(manifest["files"]) | {project.MANIFEST} == files
+    assert {"src/network.hpp", "src/top.cpp", "src/testbench.cpp", "Makefile", "project.tcl", "driver.py", "golden/input.txt", "golden/output0.txt",
+            "params/conv_weight.h", "include/ql.hpp", "include/shim/ap_int.h"} <= files  # fmt: skip
+    for name in files:
+        assert str(made.folder.parent) not in (made.folder / name).read_text()
+    assert "set PART   xczu3eg" in (made.folder / "project.tcl").read_text()
+
+
+def test_kernels_follow_the_rules() -> None:
+    """One pipelined loop per kernel, beginning with QL_CYCLE, no non-blocking access, no static data."""
+    root = Path(writer.__file__).parent
+    kernels = [*root.joinpath("include").glob("*.hpp"), *root.parent.joinpath("ops").glob("*.hpp")]
+    assert len(kernels) > 20
+    for path in kernels:
+        if path.name == "ql_csim.hpp":
+            continue
+        text = path.read_text()
+        assert text.startswith("//") and "#pragma once" in text, path
+        assert not re.search(r"\.(empty|full|size|read_nb|write_nb)\(", text), path
+        for loop in re.findall(r"i < total; \+\+i\) \{\n(.*?);\n", text, re.S):
+            lines = [line.strip() for line in loop.splitlines() if not line.strip().startswith("#pragma HLS DEPENDENCE")]
+            assert lines == ["#pragma HLS PIPELINE II = 1", "QL_CYCLE()"], path
+
+
+def test_make_csim_passes_and_a_corrupt_golden_file_is_found(made: project.Project) -> None:
+    done = subprocess.run(["make", "csim", "CXXFLAGS=-O0"], cwd=made.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "passed: 2 images, every integer equal" in done.stdout
+    path = made.folder / "golden" / "output0.txt"
+    text = path.read_text()
+    lines = text.splitlines()
+    lines[13] = str(int(lines[13]) + 1)
+    path.write_text("\n".join(lines))
+    try:
+        bench = subprocess.run(["./build/testbench"], cwd=made.folder, capture_output=True, text=True)
+        assert bench.returncode == 1
+        assert "output fc, image 1, pixel (0, 0), channel 3" in bench.stdout
+        path.write_text("\n".join(lines[:5]))
+        short = subprocess.run(["./build/testbench"], cwd=made.folder, capture_output=True, text=True)
+        assert short.returncode == 1
+        assert "20 integers expected, 5 found" in short.stdout
+    finally:
+        path.write_text(text)
+
+
+def test_driver_packs_as_the_test_bench(made: project.Project, nets: ModuleType) -> None:
+    namespace: dict[str, object] = {"__name__": "driver"}
+    source = (made.folder / "driver.py").read_text()
+    code = compile(source, "driver.py", "exec")
+    import types
+
+    module = types.ModuleType("driver")
+    module.__dict__.update(namespace)
+    import builtins
+
+    builtins.exec(code, module.__dict__)  # the generated file is what is tested
+    x = nets.codes(made.graph, 3).numpy()
+    words = module.pack(x)
+    assert words.shape == (3, made.net.input.bus_words)
+    flat = writer.to_stream(x, made.net.input.type)
+    assert np.array_equal(words.view(np.uint8)[:, : flat.shape[1]], flat)
+    pin = made.net.outputs[0]
+    want = execute(made.graph, nets.codes(made.graph, 3), ["fc"])["fc"].numpy()
+    padded = np.zeros((3, pin.bus_words * 64 // pin.bits), dtype=np.int16)
+    padded[:, :10] = want
+    assert np.array_equal(module.unpack(padded.view(np.uint64), *module.OUTPUTS[0]).reshape(3, 10), want)
+
+
+@pytest.mark.parametrize("content", ["notes.txt", project.MANIFEST])
+def test_foreign_folder_is_refused_and_untouched(nets: ModuleType, tmp_path: Path, content: str) -> None:
+    graph, folding = nets.small()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / content).write_text("{}")
+    before = (tmp_path / "mine" / content).stat()
+    with pytest.raises(ExportError, match="was not written by export"):
+        project.write(graph, tmp_path / "mine", folding)
+    with pytest.raises(ExportError, match="was not written by export"):
+        ql.export(graph, tmp_path / "mine")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == [content]
+    assert (tmp_path / "mine" / content).stat() == before
+    with pytest.raises(ExportError, match="is no folder"):
+        project.write(graph, tmp_path / "mine" / content, folding)
+
+
+def test_export_again_replaces_and_keeps_what_was_compiled(nets: ModuleType, tmp_path: Path) -> None:
+    graph, folding = nets.small()
+    target = tmp_path / "p"
+    first = project.write(graph, target, folding)
+    x = nets.codes(graph, 1)
+    first.csim(x)
+    (target / "leftover").write_text("from before")
+    built = {p.name: p.stat().st_mtime_ns for p in (target / "build").glob("*.so")}
+    second = project.write(graph, target, folding)
+    assert not (target / "leftover").exists()
+    second.csim(x)
+    assert {p.name: p.stat().st_mtime_ns for p in (target / "build").glob("*.so")} == built
+    project.write(graph, target, {**folding, "fc": project.Folding(2, 4)}).csim(x)
+    assert len(list((target / "build").glob("*.so"))) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+def test_missing_compiler_says_how_to_get_one(nets: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, folding = nets.small()
+    made = project.write(graph, tmp_path / "p", folding)  # export itself needs none
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ExportError, match="apt install g.."):
+        made.csim(nets.codes(graph, 1))
+    monkeypatch.setenv("CXX", sys.executable)
+    with pytest.raises(ExportError, match="failed on"):
+        made.csim(nets.codes(graph, 1))
+
+
+def test_dead_edges_and_illegal_foldings_are_errors(nets: ModuleType, tmp_path: Path) -> None:
+    graph, folding = nets.small()
+    with pytest.raises(GraphError, match="pe = 3 must divide 8"):
+        project.write(graph, tmp_path / "p", {**folding, "conv": project.Folding(3, 1)})
+    net = nets.Net(nets.Input((2, 4, 4), 0, 3))
+    net.conv("dead", "x", 2)
+    net.conv("live", "x", 2)
+    with pytest.raises(GraphError, match="dead is read by nobody"):
+        project.write(net.graph("live"), tmp_path / "p", {})
+    assert not any(tmp_path.iterdir())
