@@ -28,8 +28,8 @@ WORD_BITS = 1_024
 class Folding:
     """Lanes of one kernel: `pe` output channels and `simd` inputs of each are worked on per cycle.
 
-    pe divides the first and simd the second number of `Op.folds`: the output channels and the inputs that one of them reads per pixel (all of
-    them in a Dense); ops without weights work on pe channels per cycle and have simd = 1.
+    pe divides the first and simd the second number of `Op.folds`: the output channels, and the inputs that one of them reads per pixel (all
+    of them in a Dense). Ops without weights work on pe channels per cycle and have simd = 1.
     memory: where the op's tables live ("auto" chooses LUTs or block RAM by size).
     """
 
