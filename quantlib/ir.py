@@ -108,7 +108,7 @@ class IntType:
     def magnitude(self) -> int:
         return max(abs(self.lo), abs(self.hi))
 
-    def with_scale(self, scale: object) -> IntType:
+    def with_scale(self, scale: Any) -> IntType:
         return replace(self, scale=scale)
 
     def same_scale(self, other: IntType) -> bool:

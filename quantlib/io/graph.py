@@ -166,7 +166,7 @@ def _read(hint: Any, value: Any, where: str, arrays: _Arrays) -> Any:
         if value is not None:
             raise _Mismatch(f"{where}: expected null, found {_short(value)}")
         return None
-    if hint is np.ndarray:
+    if hint in (np.ndarray, Any):  # Any: a scale, array-like on the way in and an array once made
         if not isinstance(value, dict) or set(value) != {"array"}:
             raise _Mismatch(f"{where}: expected an array, found {_short(value)}")
         return arrays(value["array"], where)
