@@ -15,7 +15,7 @@ from quantlib.tails.probing import codes_of, compress, integers, real_of, snap_c
 ENUMERATE = 4096  # integers of an interval that are always run one by one
 FEW_LEVELS = 31  # up to here a quantizer's output is stored as thresholds; above, a proven multiply-shift is preferred
 TABLE_LIMIT = 1 << 20  # entries of the largest table that is worth storing
-PROBE_LIMIT = 1 << 25  # (integer, channel) pairs over which a multiply-shift is proven one by one
+PROBE_LIMIT = 1 << 26  # (integer, channel) pairs over which a multiply-shift is proven one by one
 MANY_INTEGERS = 1 << 16  # the same where a tail is not declared monotone, and bisection would be wrong
 
 
