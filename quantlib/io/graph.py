@@ -1,17 +1,18 @@
 """Graph files: one safetensors file that holds every array, with the structure as JSON in its metadata. No pickle, nothing executed.
 
-Layout (format 1): metadata["quantlib"] = {"format": "quantlib.graph", "version": 1, "graph": {...}}; a dataclass is an object of its fields,
-an op adds its registered class name under "op", an array is {"array": key} and lies in the file under that key with its dtype.
+Layout (format 1): metadata["quantlib"] = {"format", "version", "sha256", "graph"}; in the graph a dataclass is an object of its
+fields, an op adds its registered class name under "op", an array is {"array": key} and lies in the file under that key with its dtype.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -40,8 +41,9 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     arrays: dict[str, np.ndarray] = {}
-    document = {"format": FORMAT, "version": VERSION, "graph": _encode(graph, "graph", arrays)}
-    data = to_bytes(arrays, metadata={"quantlib": json.dumps(document, separators=(",", ":"))})
+    content = _encode(graph, "graph", arrays)
+    document = {"format": FORMAT, "version": VERSION, "sha256": _digest(content, arrays), "graph": content}
+    data = to_bytes(arrays, metadata={"quantlib": _text(document)})
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
@@ -54,7 +56,7 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Graph:
-    """The graph in `path`. Only registered ops are built, fields are checked against their declared types, and Graph checks all intervals anew.
+    """The graph in `path`: only registered ops are built, every field is checked against its declared type, and Graph checks all intervals.
 
     Raises FileNotFoundError, or GraphFileError when the file is truncated, foreign, newer than this library, or breaks an invariant.
     """
@@ -67,15 +69,29 @@ def load(path: str | os.PathLike[str]) -> Graph:
             if text is None:
                 raise GraphFileError(f"{path} is a safetensors file, but holds no graph (weights of a network go to zoo.load)")
             document = _document(text, path)
-            keys = list(f.keys())
-            graph = _read(Graph, document["graph"], "graph", _Arrays(f.get_tensor, keys))
+            arrays = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (a file, not a mapping)
+        if document.get("sha256") != _digest(document["graph"], arrays):
+            raise GraphFileError(f"{path} is damaged or was edited: its content does not match its checksum; save the graph again")
+        return _read(Graph, document["graph"], "graph", arrays)
     except SafetensorError as error:
         raise GraphFileError(f"{path} is no graph file, or is truncated: {error}") from None
     except _Mismatch as error:
         raise GraphFileError(f"{path}: {error}") from None
     except GraphError as error:
         raise GraphFileError(f"{path} breaks an invariant: {error}") from None
-    return graph
+
+
+def _digest(content: Any, arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the description and of every array with its name, dtype and shape."""
+    digest = hashlib.sha256(_text(content).encode())
+    for key in sorted(arrays):
+        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[key]).tobytes())
+    return digest.hexdigest()
+
+
+def _text(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"))
 
 
 def _umask() -> int:
@@ -130,19 +146,15 @@ class _Mismatch(ValueError):
     pass
 
 
-class _Arrays:
-    """The arrays of the file, each of a dtype that a graph may hold."""
+_Arrays = Mapping[str, np.ndarray]
 
-    def __init__(self, get: Callable[[str], np.ndarray], keys: Sequence[str]) -> None:
-        self._get, self._keys = get, frozenset(keys)
 
-    def __call__(self, key: Any, where: str) -> np.ndarray:
-        if not isinstance(key, str) or key not in self._keys:
-            raise _Mismatch(f"{where}: the file has no array {key!r}")
-        array = self._get(key)
-        if array.dtype.name not in DTYPES:
-            raise _Mismatch(f"{where}: array of {array.dtype}, expected one of {', '.join(DTYPES)}")
-        return array
+def _array(key: Any, where: str, arrays: _Arrays) -> np.ndarray:
+    if not isinstance(key, str) or key not in arrays:
+        raise _Mismatch(f"{where}: the file has no array {key!r}")
+    if arrays[key].dtype.name not in DTYPES:
+        raise _Mismatch(f"{where}: array of {arrays[key].dtype}, expected one of {', '.join(DTYPES)}")
+    return arrays[key]
 
 
 @cache
@@ -169,7 +181,7 @@ def _read(hint: Any, value: Any, where: str, arrays: _Arrays) -> Any:
     if hint in (np.ndarray, Any):  # Any: a scale, array-like on the way in and an array once made
         if not isinstance(value, dict) or set(value) != {"array"}:
             raise _Mismatch(f"{where}: expected an array, found {_short(value)}")
-        return arrays(value["array"], where)
+        return _array(value["array"], where, arrays)
     if isinstance(hint, type) and issubclass(hint, Op):
         return _read_op(value, where, arrays)
     if isinstance(hint, type) and is_dataclass(hint):

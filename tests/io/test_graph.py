@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from quantlib.io.graph import FORMAT, GraphFileError, load, save
+from quantlib.io.graph import FORMAT, GraphFileError, _digest, load, save
 from quantlib.ir import Decode, Front, Graph, GraphError, IntType, Node
 from quantlib.ops import Add, Conv2d, FixedMerge, FractionalConv2d, Input, Op, Requant, Threshold
 
@@ -187,13 +187,15 @@ def test_foreign_files(tmp_path: Path) -> None:
         load(tmp_path / "broken")
 
 
-def edited(folder: Path, edit: Any) -> Path:
-    """A graph file whose description went through `edit(document, arrays)`."""
+def edited(folder: Path, edit: Any, seal: bool = True) -> Path:
+    """A graph file whose description went through `edit(document, arrays)`, with a checksum that fits unless `seal` is off."""
     save(network(), folder / "g")
     with safe_open(str(folder / "g"), framework="np") as f:
         document = json.loads(f.metadata()["quantlib"])
     arrays = load_file(folder / "g")
     edit(document, arrays)
+    if "graph" in document and seal:
+        document["sha256"] = _digest(document["graph"], arrays)
     save_file(arrays, folder / "edited", {"quantlib": json.dumps(document)})
     return folder / "edited"
 
@@ -236,6 +238,23 @@ def test_bad_files_are_refused_and_the_place_is_named(case: str, tmp_path: Path)
     with pytest.raises(GraphFileError, match=message) as error:
         load(edited(tmp_path, edit))
     assert str(tmp_path / "edited") in str(error.value)
+
+
+def test_damage_that_every_type_allows_is_found_by_the_checksum(tmp_path: Path) -> None:
+    def another_name(document: Any, arrays: Any) -> None:
+        document["graph"]["name"] = "nets"
+
+    def another_weight(document: Any, arrays: Any) -> None:
+        arrays["graph.decodes.0.bias"][0] += 1
+
+    for edit in (another_name, another_weight):
+        with pytest.raises(GraphFileError, match="damaged or was edited"):
+            load(edited(tmp_path, edit, seal=False))
+    data = bytearray((tmp_path / "g").read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "g").write_bytes(data)
+    with pytest.raises(GraphFileError, match="damaged or was edited"):
+        load(tmp_path / "g")
 
 
 def test_what_cannot_be_held_is_refused_when_saving(tmp_path: Path) -> None:
