@@ -166,9 +166,9 @@ class FracBNNImageNet(nn.Module):
             Claim("accelerator on Ultra96-V2 at 250 MHz", 48.1, "frames/s", "paper, table of accelerators"),
         ),
         notes=(
-            "Images are normalised floats, or uint8 pixels, which it normalises itself; the integer network reads pixels. 28,280,832 weights "
-            "are binary; 346,816,512 MAC are the input layer's, 4,816,896,000 gated. GRID is FixedPoint(14, 6): words of 14 bits, 6 of them "
-            "fraction, half up, saturating; the accelerator's words have 13 bits, 4 of them fraction."
+            "Images are normalised floats, or uint8 pixels, which it normalises itself; the integer network reads pixels. 28,280,832 "
+            "weights are binary; 346,816,512 MAC are the input layer's, 4,816,896,000 gated. GRID is FixedPoint(14, 6): words of 14 bits, "
+            "6 of them fraction, half up, saturating; the accelerator's words have 13 bits, 4 of them fraction."
         ),
     )
 )
