@@ -19,13 +19,14 @@ def drop_dead(graph: Graph) -> Graph:
 
 
 def flatten_into_dense(graph: Graph) -> Graph:
-    """Dense reads a feature map directly (in channel-major order): a Reshape in front of it has no work to do."""
+    """Dense reads a feature map directly (in channel-major order): Reshapes in front of it have no work to do."""
     nodes = []
     for node in graph.nodes:
         if isinstance(node.op, ops.Dense):
             source = graph.by_name[node.inputs[0]]
-            if isinstance(source.op, ops.Reshape):
-                node = replace(node, inputs=source.inputs)
+            while isinstance(source.op, ops.Reshape):
+                source = graph.by_name[source.inputs[0]]
+            node = replace(node, inputs=(source.name,))
         nodes.append(node)
     return replace(graph, nodes=tuple(nodes))
 
