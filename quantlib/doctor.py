@@ -30,6 +30,7 @@ OPTIONAL = ("scikit-learn", "matplotlib", "rich", "onnx", "qonnx", "onnxruntime"
 PYTHON = ((3, 10), (3, 13))
 VENDOR_TOOLS = ("vitis_hls", "vitis-run", "vivado", "vivado_hls", "v++", "xsct")
 CPU_FLAGS = ("popcnt", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vpopcntdq", "avx512_vnni", "avx_vnni", "asimd", "asimddp")
+SETTINGS = ("QUANTLIB_ENGINE", "QUANTLIB_CACHE", "QUANTLIB_SHARED", "CXX", "OMP_NUM_THREADS", "BREVITAS_JIT")
 GET_COMPILER = "Debian, Ubuntu: sudo apt install g++; Fedora: sudo dnf install gcc-c++; conda: conda install -c conda-forge gxx"
 
 _PROBE = """
@@ -180,6 +181,7 @@ def examine() -> dict[str, Any]:
         "imports": {name: imports.get(name) for _, name, *_ in REQUIRED},
         "compiler": {"path": _short(compiler), "version": (_run(compiler, "--version") or "?").splitlines()[0]} if compiler else None,
         "make": bool(shutil.which("make")),
+        "settings": {name: _short(os.environ[name]) for name in SETTINGS if name in os.environ},
         "cpu": cpu,
         "torch_threads": imports.get("torch_threads"),
         "gpus": gpus,
@@ -202,6 +204,7 @@ def report(found: dict[str, Any]) -> str:
         ("optional", ", ".join(f"{p} {v}" for p, v in found["optional"].items()) or "none"),
         ("compiler", f"{found['compiler']['version']} ({found['compiler']['path']})" if found["compiler"] else f"none. {GET_COMPILER}"),
         ("make", "found" if found["make"] else "missing"),
+        ("settings", ", ".join(f"{name}={value}" for name, value in found["settings"].items()) or "none"),
         ("cpu", f"{cpu['name']}, {cpu['cores']} cores usable, {' '.join(cpu['features']) or 'features unknown'}"),
         ("gpu", "; ".join(found["gpus"]) or "none"),
         ("torch sees", f"{', '.join(found['torch_gpus']) or 'no GPU'}" if isinstance(found["torch_gpus"], list) else found["torch_gpus"]),

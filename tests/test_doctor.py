@@ -100,6 +100,12 @@ def test_command_line_and_json(capsys: pytest.CaptureFixture[str]) -> None:
         main(["no such command"])
 
 
+def test_settings_that_change_what_runs_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_imports", lambda: {})
+    monkeypatch.setenv("QUANTLIB_ENGINE", "portable")
+    assert "QUANTLIB_ENGINE=portable" in doctor.report(doctor.examine())
+
+
 def test_the_home_folder_is_not_spelt_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert doctor._short(tmp_path / "bin" / "g++") == "~/bin/g++"
