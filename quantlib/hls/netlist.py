@@ -251,8 +251,8 @@ def _join_depths(net: Netlist, number: int, start: str, depths: dict[str, int]) 
         arrived = np.searchsorted(arrival, arrival, side="right")
         exact.append(int((arrived - np.searchsorted(taken, arrival, side="right")).max()))
         loose.append(int((arrived - np.searchsorted(taken, arrival, side="left")).max()))
-    # Counted are all arrivals of a step as if nothing were taken meanwhile. Where the branches have nothing in common below `start` and nothing of them
-    # leads elsewhere, the one that lags may run last within each step, and its words are then taken one by one.
+    # Counted are all arrivals of a step as if nothing were taken meanwhile. Where the branches have nothing in common below `start` and
+    # nothing of them leads elsewhere, the one that lags may run last within each step, and its words are then taken one by one.
     last = int(np.argmax(np.array(loose) - np.array(exact))) if _apart(net, number, start) else -1
     for i, w in enumerate(s.inputs):
         depths[w.name] = max(SHALLOW, 1 + (exact if i == last else loose)[i])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,9 +19,12 @@ def nets() -> ModuleType:
     return module
 
 
-@pytest.fixture(autouse=True, scope="session")
-def quick_compilation() -> None:
+@pytest.fixture(autouse=True, scope="package")
+def quick_compilation() -> Iterator[None]:
     """What is tested here are values, not speed: without optimisation the compiler takes a third of the time."""
     from quantlib.hls import project
 
-    project.FLAGS = tuple("-O0" if flag == "-O2" else flag for flag in project.FLAGS)
+    flags = project.FLAGS
+    project.FLAGS = tuple("-O0" if flag == "-O2" else flag for flag in flags)
+    yield
+    project.FLAGS = flags
