@@ -11,6 +11,8 @@ from torch import nn
 import quantlib as ql
 import zoo
 
+LARGE = 10_000_000  # parameters: beyond this the plain checks take minutes
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if zoo.card(n).parameters > LARGE else n for n in zoo.names()]
 CONVERTIBLE = [(name, index) for name in zoo.names() for index in range(len(zoo.card(name).converts))]
 
 
@@ -32,9 +34,13 @@ def randomised(name: str, options: dict, seed: int = 1) -> nn.Module:
     return zoo.load(model, state)
 
 
+def shape_of(name: str) -> tuple[int, ...]:
+    return zoo.card(name).convert_shape or zoo.card(name).input_shape
+
+
 def images(name: str, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randint(0, 256, (count, *zoo.card(name).input_shape), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (count, *shape_of(name)), dtype=torch.uint8, generator=generator)
 
 
 def macs(model: nn.Module, shape: tuple[int, ...]) -> int:
@@ -58,7 +64,7 @@ def test_something_is_registered():
     assert zoo.names()
 
 
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_counts_and_output_shape(name):
     card, model = zoo.card(name), zoo.get(name).eval()
     assert sum(p.numel() for p in model.parameters()) == card.parameters
@@ -74,7 +80,7 @@ def test_card_is_complete(name):
     assert all(claim.source and claim.unit for claim in (*card.claims, *card.measured))
 
 
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_survive_a_file(name, tmp_path):
     from safetensors.torch import save_file
 
@@ -96,7 +102,7 @@ def converted():
     def make(name: str, index: int) -> tuple[nn.Module, ql.Graph]:
         if (name, index) not in made:
             model = randomised(name, dict(zoo.card(name).converts[index]))
-            made[name, index] = model, ql.convert(model, zoo.card(name).input_shape)
+            made[name, index] = model, ql.convert(model, shape_of(name))
         return made[name, index]
 
     return make
@@ -142,4 +148,4 @@ def test_a_plan_exists(name, index, converted):
 @pytest.mark.parametrize("name,option", [(n, o) for n, o in product(zoo.names(), ["fixed_point"]) if o in zoo.card(n).options])
 def test_real_valued_joins_are_refused_with_the_remedy(name, option):
     with pytest.raises(ql.ConversionError, match="FixedPoint"):
-        ql.convert(zoo.get(name, **{option: None}).eval(), zoo.card(name).input_shape)
+        ql.convert(zoo.get(name, **{**zoo.card(name).converts[0], option: None}).eval(), shape_of(name))

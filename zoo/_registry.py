@@ -35,7 +35,7 @@ class Card:
 
     input_shape has no batch axis; parameters and macs are counted for one image and compared with the built network by the tests.
     claims are the paper's numbers, measured are ours. options maps every keyword of the builder to one sentence. converts lists option sets
-    whose models convert to integers; the tests run each of them.
+    whose models convert to integers; the tests run each of them, on images of convert_shape where input_shape would take minutes.
     """
 
     title: str
@@ -52,6 +52,7 @@ class Card:
     measured: tuple[Claim, ...] = ()
     notes: str = ""
     converts: tuple[Mapping[str, Any], ...] = ({},)
+    convert_shape: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         lines = [

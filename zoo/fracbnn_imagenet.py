@@ -161,6 +161,7 @@ class FracBNNImageNet(nn.Module):
             "width": "multiplies all channels, a multiple of 1/32",
         },
         converts=({"fixed_point": GRID, "width": 1 / 16},),
+        convert_shape=(3, 64, 64),
         claims=(
             Claim("top-1 accuracy, ImageNet, 1/1.4 bit", 71.7, "%", "code's README; the paper's text gives 71.8"),
             Claim("accelerator on Ultra96-V2 at 250 MHz", 48.1, "frames/s", "paper, table of accelerators"),

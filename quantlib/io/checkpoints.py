@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -131,25 +129,10 @@ def _read_safetensors(path: Path) -> Tensors:
         raise CheckpointError(f"{path.name} cannot be read: {error}") from None
 
 
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-_ARRAY = re.compile(r"\b(?:float|double|int|short|char|u?int\d+_t)\s+(\w+)\s*((?:\[\s*\d+\s*\]\s*)+)=\s*(\{[^;]*\})\s*;")
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\b(?:nan|inf)\b", re.IGNORECASE)
-
-
 def _read_header(path: Path) -> Tensors:
-    """`float name[2][3] = {...};` arrays of a C header; an array without values is left out."""
-    tensors: Tensors = {}
-    for name, brackets, body in _ARRAY.findall(_COMMENT.sub(" ", path.read_text(errors="replace"))):
-        shape = tuple(int(size) for size in re.findall(r"\d+", brackets))
-        numbers = np.array([float(number) for number in _NUMBER.findall(body)])
-        if not len(numbers):
-            continue
-        if len(numbers) != prod(shape):
-            raise CheckpointError(f"{path.name}: {name}{brackets.strip()} lists {len(numbers)} values, its shape needs {prod(shape)}")
-        tensors[name] = torch.from_numpy(numbers.reshape(shape).astype(np.float32))
-    if not tensors:
-        raise CheckpointError(f"{path.name} holds no array of numbers")
-    return tensors
+    from quantlib.io.fracbnn_header import read as read_header  # lazily: it raises this file's CheckpointError
+
+    return read_header(path)
 
 
 _READERS: dict[str, Callable[[Path], Tensors]] = {
