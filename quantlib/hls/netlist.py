@@ -12,21 +12,20 @@ import numpy as np
 
 from quantlib.hls.call import Call, Port, Table, ctype, every_word
 from quantlib.ir import Graph, GraphError, IntType
-from quantlib.schedule import Folding
+from quantlib.schedule import BASE_DEPTH, Folding
 
 Array = np.ndarray
-SHALLOW = 2  # depth of a wire inside an op
-COUPLING = 32  # depth behind a width converter: evens out the bursts of its other side, and fits one shift register per bit
+SHALLOW = 2  # the least depth at which a FIFO passes a word per cycle
 
 
 @dataclass
 class Wire:
-    """One FIFO: a single writer and a single reader."""
+    """One FIFO: a single writer and a single reader. BASE_DEPTH words fit one shift register per bit and even out neighbours' rhythms."""
 
     name: str
     label: str
     port: Port
-    depth: int = SHALLOW
+    depth: int = BASE_DEPTH
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,8 @@ class _Builder:
         self.taken.add(found)
         return found
 
-    def wire(self, label: str, port: Port, depth: int = SHALLOW) -> Wire:
-        w = Wire(self.identifier(f"s_{label}"), label, port, depth)
+    def wire(self, label: str, port: Port) -> Wire:
+        w = Wire(self.identifier(f"s_{label}"), label, port)
         self.net.wires.append(w)
         return w
 
@@ -121,7 +120,7 @@ class _Builder:
         if have % lanes and lanes % have:
             return self.convert(self.convert(w, lcm(have, lanes), f"{label}_wide", node), lanes, label, node)
         total = w.port.words * have
-        y = self.wire(label, Port(w.port.ctype, lanes, total // lanes), COUPLING)
+        y = self.wire(label, Port(w.port.ctype, lanes, total // lanes))
         if lanes > have:
             ratio, words = lanes // have, total // have
             self.glue(f"{label}_gather", node, "ql::gather", words, w, (y,), lambda: (ratio * np.arange(1, words // ratio + 1),))
@@ -131,22 +130,16 @@ class _Builder:
         return y
 
     def split(self, w: Wire, readers: list[tuple[str, int]], node: str) -> list[Wire]:
-        """One wire per reader, by a chain of forks; the FIFO behind the fork has the depth the schedule gives the reader."""
+        """One wire per reader, by a chain of forks."""
         out: list[Wire] = []
-        for i, (reader, k) in enumerate(readers):
-            depth = self.depths.get(reader, ())[k : k + 1]
-            depth_words = max(SHALLOW, *depth) if depth else SHALLOW
-            if i == len(readers) - 1:
-                w.depth = max(w.depth, depth_words)
-                out.append(w)
-                break
-            mine = self.wire(f"{node}_to_{reader}", w.port, depth_words)
+        for reader, _ in readers[:-1]:
+            mine = self.wire(f"{node}_to_{reader}", w.port)
             rest = self.wire(f"{node}_rest", w.port)
             words = w.port.words
             self.glue(f"{node}_fork", node, "ql::fork", words, w, (mine, rest), every_word(words))
             out.append(mine)
             w = rest
-        return out
+        return [*out, w]
 
     def build(self) -> Netlist:
         graph = self.graph
@@ -182,6 +175,9 @@ class _Builder:
                 self.convert(v, p.lanes, f"{node}_in{k}" if i == 0 else f"{node}_mid{i}", node)
                 for k, (v, p) in enumerate(zip(ends, kernel.inputs, strict=True))
             ]
+            if i == 0:  # the schedule speaks of the FIFOs as the node reads them
+                for v, depth in zip(ins, self.depths.get(node, ()), strict=False):
+                    v.depth = max(v.depth, depth)
             last = i == len(call.kernels) - 1
             w = self.wire(node if last else f"{node}_{kernel.label}", kernel.output)
             stage = self.identifier(f"{node}_{kernel.label}" if kernel.label else f"{node}_stage")

@@ -180,13 +180,14 @@ def export(graph: Graph, folder: str | os.PathLike[str], part: str = "xczu3eg", 
     plan: what `ql.estimate` returned for this graph (folding, FIFO depths, clock); None makes one for `part`. The folder holds include/,
     params/ (one file per table), src/ (network, two tops, test bench, simulation), golden/, Makefile (`make csim`), project.tcl and
     driver.py. An existing folder is replaced when it was written by export and refused, untouched, when it was not (ExportError); the
-    new one is complete before the old one goes.
+    new one is complete before the old one goes. ValueError when the plan is for another graph.
     """
     from quantlib.schedule import estimate
 
     target = Path(folder)
     check_folder(target)
     plan = plan or estimate(graph, part)
+    plan.schedule.check(graph)
     foldings = {name: stage.folding for name, stage in plan.schedule.items()}
     depths = {name: stage.depths for name, stage in plan.schedule.items()}
     return write(graph, target, foldings, depths, plan.part.full_name, 1000.0 / plan.clock_mhz)

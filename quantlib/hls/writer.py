@@ -12,6 +12,7 @@ import numpy as np
 from quantlib.hls.call import Table, hw
 from quantlib.hls.netlist import Netlist, Pin, Stage
 from quantlib.ir import Graph, IntType
+from quantlib.schedule import BASE_DEPTH
 
 BIG = 1 << 18  # tables with more entries reach the simulation as a binary file; compilers are slow on long initialisers
 SHALLOW_FIFO = 64  # up to here a FIFO is made of shift registers
@@ -124,7 +125,7 @@ def network(graph: Graph, net: Netlist, loads: Sequence[str]) -> str:
     )  # fmt: skip
 
 
-def port_lines(net: Netlist, depth: int = 2) -> str:
+def port_lines(net: Netlist, depth: int = BASE_DEPTH) -> str:
     lines = []
     for p in (net.input, *net.outputs):
         lines.append(f'    static {stream_type(p)} {p.wire.name}("{p.wire.name}");')

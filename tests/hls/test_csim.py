@@ -78,9 +78,12 @@ def test_too_small_fifo_deadlocks_and_says_where(nets: ModuleType, tmp_path: Pat
     x = nets.codes(graph, 2)
     want = execute(graph, x, graph.outputs)
     assert equal(made.csim(x, mode="fifo", integers=True), want)
-    skip = max(netlist.required(made.net).items(), key=lambda item: item[1])
+    needed = netlist.required(made.net)
+    skip = max(needed.items(), key=lambda item: item[1])
+    tight = {w.name: needed.get(w.name, netlist.SHALLOW) for w in made.net.wires}
+    assert equal(made.csim(x, mode="fifo", integers=True, depths=tight), want)
     with pytest.raises(Deadlock) as caught:
-        made.csim(x, mode="fifo", integers=True, depths={skip[0]: skip[1] // 2})
+        made.csim(x, mode="fifo", integers=True, depths={**tight, skip[0]: skip[1] // 2})
     assert f"waits to write {skip[0]}, which holds {skip[1] // 2} of {skip[1] // 2}" in str(caught.value)
     assert "waits to read" in str(caught.value)
     assert equal(made.csim(x, mode="fifo", integers=True), want)  # the experiment leaves nothing behind
