@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -13,8 +14,11 @@ from quantlib.io.checkpoints import CheckpointError
 Arrays = dict[str, np.ndarray]
 _BLANK = re.compile(r"//[^\n]*|/\*.*?\*/|^[ \t]*#(?:\\\n|[^\n])*", re.DOTALL | re.MULTILINE)
 _DECLARATION = re.compile(r"\s*((?:\w+\s+)+)(\w+)\s*((?:\[\s*\w*\s*\]\s*)*)(?:=\s*([^;]*))?;", re.ASCII)  # type, name, sizes, initialiser
-_TOKEN = re.compile(r"\s*(?:([{},])|([-+]?(?:0[xX][0-9a-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))([fFuUlL]*)(?![\w.])|(\S+))")
-_INTEGER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]+|\d+)\Z")
+_NUMBER = re.compile(
+    r"\s*([-+]?)(?:(0[xX][0-9a-fA-F]{1,16}|0|[1-9]\d{0,19})[uUlL]*|((?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)[fF]?)\s*\Z",
+    re.ASCII,
+)  # sign; hexadecimal or decimal whole number (octal is none); real number
+_PIECE = re.compile(r"[{}]|[^{}]+")
 _WORD_TYPES = {"uint64", "uint64_t"}
 
 
@@ -54,57 +58,58 @@ def _shape(sizes: str, place: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _numbers(text: str, start: int, end: int, shape: tuple[int, ...], place: str) -> list[str]:
+def _numbers(text: str, start: int, end: int, shape: tuple[int, ...], place: str) -> list[int | float]:
     """The numbers between the braces, in order; nested braces must follow the shape, one flat list may hold them all."""
-    numbers: list[str] = []
-    open_: list[list[int]] = []  # of each open brace: lists in it, numbers in it, numbers before it
-    closed, wanted = False, True  # a value or brace may come; false right after one
-    for number, punctuation, at in _tokens(text, start, end):
-        if closed or (not open_ and punctuation != "{"):
-            raise CheckpointError(f"{place}: expected one list in braces")
-        if punctuation == "{" and wanted and len(open_) < len(shape):
+    numbers: list[int | float] = []
+    open_: list[list[int]] = []  # of each open brace: how many lists are in it, how many numbers came before it
+    done, comma = False, False  # the outermost brace is closed; a comma must come before the next value
+    for found in _PIECE.finditer(text, start, end):
+        piece = found.group().strip()
+        if not piece:
+            continue
+        where = partial(_line, text, found.start())
+        if done or (not open_ and piece != "{"):
+            raise CheckpointError(f"{place}: expected one list in braces, found `{piece[:20]}` on line {where()}")
+        if piece == "{":
+            if comma or len(open_) == len(shape) or (open_ and not open_[-1][0] and len(numbers) > open_[-1][1]):
+                raise CheckpointError(f"{place}: the brace on line {where()} is out of place")
             if open_:
                 open_[-1][0] += 1
-            open_.append([0, 0, len(numbers)])
-        elif punctuation == "}" and open_:
-            lists, own, before = open_.pop()
+            open_.append([0, len(numbers)])
+        elif piece == "}":
+            _, before = open_.pop()
             size, needed = len(numbers) - before, prod(shape[len(open_) :])
-            empty = not open_ and not numbers
-            if not empty and (size != needed or (lists and own)):
-                inside = f"in the list that ends on line {_line(text, at)}" if open_ else "in all"
-                raise CheckpointError(f"{place} lists {size} values {inside}, its shape needs {needed}")
-            closed, wanted = not open_, False
-        elif punctuation == "," and not wanted:
-            wanted = True
-        elif number and wanted:
-            numbers.append(number)
-            open_[-1][1] += 1
-            wanted = False
+            if size != needed and (open_ or numbers):
+                inside = f" in the list that ends on line {where()}" if open_ else ""
+                raise CheckpointError(f"{place} lists {size} values{inside}, its shape needs {needed}")
+            done, comma = not open_, True
+        elif piece == "," and comma:
+            comma = False
         else:
-            raise CheckpointError(f"{place}: `{punctuation or number}` on line {_line(text, at)} is out of place")
-    if not closed:
+            if open_[-1][0]:
+                raise CheckpointError(f"{place}: `{piece[:20]}` on line {where()} stands between lists")
+            parts = piece.split(",")
+            for part in parts[:-1] if parts[-1].strip() == "" else parts:
+                numbers.append(_number(part, place, where))
+            comma = True
+    if not done:
         raise CheckpointError(f"{place}: its list is not closed")
     return numbers
 
 
-def _tokens(text: str, start: int, end: int) -> Iterator[tuple[str, str, int]]:
-    """(number, punctuation, position) of each token; what is neither comes as punctuation."""
-    end -= len(text[start:end]) - len(text[start:end].rstrip())
-    while start < end:
-        found = _TOKEN.match(text, start, end)
-        assert found
-        punctuation, number, suffix, other = found.groups()
-        bad = number and suffix and (set(suffix) & set("fF") and ("x" in number.lower() or len(suffix) > 1))
-        yield ("" if bad else number or ""), (punctuation or other or (number + suffix if bad else "")), found.start(found.lastindex or 0)
-        start = found.end()
+def _number(text: str, place: str, where: Callable[[], int]) -> int | float:
+    found = _NUMBER.match(text)
+    if not found:
+        raise CheckpointError(f"{place}: `{text.strip()[:20]}` on line {where()} is no number")
+    sign, whole, real = found.groups()
+    value = float(real) if real else int(whole, 16) if whole[:2] in ("0x", "0X") else int(whole)
+    return -value if sign == "-" else value
 
 
-def _typed(numbers: list[str], words: bool, place: str) -> np.ndarray:
+def _typed(numbers: list[int | float], words: bool, place: str) -> np.ndarray:
     if words:
-        values = [int(n, 0) if _INTEGER.match(n) else -1 for n in numbers]
-        if min(values) < 0 or max(values) >= 1 << 64:
+        if not all(isinstance(n, int) and 0 <= n < 1 << 64 for n in numbers):
             raise CheckpointError(f"{place}: words are integers from 0 to 2^64 - 1")
-        return np.array(values, dtype=np.uint64)
-    array = np.array([int(n, 16) if "x" in n.lower() else float(n) for n in numbers], dtype=np.float64)
+        return np.array(numbers, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        return array.astype(np.float32)
+        return np.array([float(n) for n in numbers]).astype(np.float32)
