@@ -13,7 +13,6 @@ The steps are one model with switches.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import quantlib as ql
 import zoo
 from quantlib.training import Epoch, Fit, Images, accuracy, digits, fit, is_main_process, predictions, read_images
 from quantlib.training.deploy import Seconds, accuracy_section, curve_facts, deploy, hardware_section, integer_accuracy, training_section
+from quantlib.training.flags import parse
 from quantlib.training.optim import Linear, Schedule, Steps
 from quantlib.training.report import page, table, text, write, write_json
 from quantlib.training.steps import density, use_gating, use_real_weights
@@ -87,28 +87,10 @@ HELP = {
 }
 
 
-def words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in words(text))
-
-
 def options(argv: list[str] | None) -> Config:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in asdict(Config()).items():
-        flags = ["-g", "--gtarget"] if name == "gtarget" else [f"--{name.replace('_', '-')}"]
-        text = f"{HELP.get(name, '')} (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})".strip()
-        if isinstance(default, bool):
-            parser.add_argument(*flags, action="store_true", help=HELP[name])
-        elif isinstance(default, tuple):
-            parser.add_argument(*flags, type=numbers if name == "steps" else words, default=default, help=text)
-        else:
-            parser.add_argument(*flags, type=type(default), default=default, help=text)
-    config = Config(**vars(parser.parse_args(argv)))
+    config = parse(Config(), __doc__ or "", HELP, argv, short={"gtarget": "-g"})
     if config.steps not in ((1, 2), (2,), (1, 2, 3), (2, 3)):
-        parser.error(f"--steps {','.join(map(str, config.steps))}: give 1,2 or 2 or 1,2,3 or 2,3")
+        raise SystemExit(f"--steps {','.join(map(str, config.steps))}: give 1,2 or 2 or 1,2,3 or 2,3")
     if config.smoke:
         config = replace(config, epochs=1, batch=32, verify_images=4, cpp_images=2, threads=1)
     return config
@@ -124,8 +106,8 @@ def grid(text: str) -> Any:
     """12,6 -> FixedPoint(12, 6); authors -> "authors"."""
     if text == "authors":
         return text
-    bits, fraction = numbers(text)
-    return ql.FixedPoint(bits, fraction)
+    bits, fraction = text.split(",")
+    return ql.FixedPoint(int(bits), int(fraction))
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp")
 _SPLITS = {"train", "test", "val"}
+UNREADABLE = (OSError, ValueError, SyntaxError)  # what decoding a broken file raises
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -134,6 +135,8 @@ class ImageFiles:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         from torch.utils.data import DataLoader
 
+        if augment and augment.shift:
+            raise DataError(f"{self.name}: images that are cut out at random take no shift; give shift=0")
         files = _Files(self, augment, key)
         loader: DataLoader[Any] = DataLoader(files, batch_sampler=[b.tolist() for b in batches], num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
         for rows in loader:
@@ -162,14 +165,31 @@ class ImageFiles:
             pixels = pixels[:, ::-1]
         return self.normalised(pixels)
 
-    def test_image(self, picture: Any) -> Tensor:
+    def test_pixels(self, picture: Any) -> np.ndarray:
+        """uint8 (size, size, 3)."""
         from PIL import Image
 
         scale = self.resize / min(picture.size)
         width, height = (max(self.resize, int(side * scale)) for side in picture.size)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         resized = picture.resize((width, height), Image.Resampling.BILINEAR)
-        return self.normalised(np.asarray(resized.crop((left, top, left + self.size, top + self.size))))
+        return np.asarray(resized.crop((left, top, left + self.size, top + self.size)))
+
+    def sample(self, count: int, seed: int = 0) -> Images:
+        """So many readable images, chosen at random, as they are tested, kept as integers in memory."""
+        pixels: list[np.ndarray] = []
+        labels: list[int] = []
+        for index in np.random.default_rng(seed).permutation(len(self)):
+            if len(pixels) == count:
+                break
+            try:
+                pixels.append(self.test_pixels(self.decode(int(index))))
+            except UNREADABLE as error:
+                self.unreadable[self.paths[index]] = f"{type(error).__name__}: {error}"
+                continue
+            labels.append(int(self.labels[index]))
+        codes = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())
+        return Images(codes, torch.tensor(labels), f"{len(labels)} of {self.name}")
 
     def normalised(self, pixels: np.ndarray) -> Tensor:
         x = as_real(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
@@ -191,7 +211,7 @@ class _Files:
             candidate %= len(data)
             try:
                 picture = data.decode(candidate)
-            except (OSError, ValueError, SyntaxError) as error:
+            except UNREADABLE as error:
                 if data.strict:
                     raise DataError(f"{data.paths[candidate]}: {error}") from error
                 bad[data.paths[candidate]] = f"{type(error).__name__}: {error}"
@@ -200,7 +220,7 @@ class _Files:
                 continue
             label = int(data.labels[candidate])
             if self.augment is None:
-                return data.test_image(picture), label, bad
+                return data.normalised(data.test_pixels(picture)), label, bad
             generator = np.random.default_rng([*self.key, 2, index])
             return data.training_image(picture, self.augment, generator), label, bad
         if self.augment is not None:
@@ -325,7 +345,7 @@ def _class_folders(files: Iterable[tuple[PurePosixPath, bytes]], split: str, nam
         try:
             with Image.open(io.BytesIO(data)) as image:
                 pixels.append(np.asarray(image.convert("RGB")))
-        except (OSError, ValueError, SyntaxError) as error:
+        except UNREADABLE as error:
             if strict:
                 raise DataError(f"{name}: {path} cannot be read: {error}") from error
             unreadable[str(path)] = f"{type(error).__name__}: {error}"

@@ -91,6 +91,7 @@ class _Run:
         from accelerate import Accelerator
 
         self.bare, self.train, self.test, self.settings, self.title, self.out = model, train, test, settings, title, out
+        self.attributes = set(vars(model))
         self.home = next(model.parameters()).device
         self.accelerator = Accelerator(mixed_precision=settings.precision)
         self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
@@ -125,8 +126,8 @@ class _Run:
                 self._save()
         logs.close()
         self.accelerator.wait_for_everyone()
-        if settings.precision != "no":
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # gives the model its own forward back
+        for name in vars(self.bare).keys() - self.attributes:  # accelerate's mixed-precision forward
+            delattr(self.bare, name)
         self.bare.to(self.home)
         if settings.channels_last:
             self.bare.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -65,12 +65,10 @@ def load_teacher(name: str, weights: str | Path, classes: int = 1000) -> nn.Modu
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    missing, unexpected = teacher.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"{path.name} does not fit torchvision's {name} with {classes} classes: missing {missing[:4]}, unexpected {unexpected[:4]} "
-            f"({len(missing)} and {len(unexpected)} in all)"
-        )
+    try:
+        teacher.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path.name} does not fit torchvision's {name} with {classes} classes: {error}") from error
     return teacher
 
 

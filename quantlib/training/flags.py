@@ -1,0 +1,40 @@
+"""Command-line flags of a recipe, read off its frozen configuration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+C = TypeVar("C")
+
+
+def parse(defaults: C, description: str, help: Mapping[str, str], argv: Sequence[str] | None, short: Mapping[str, str] | None = None) -> C:
+    """defaults: a frozen dataclass of bool, int, float, str and tuple[int or str, ...] fields; each becomes --its-name.
+
+    A bool is a switch, a tuple is written with commas. help: field -> sentence; short: field -> a second flag such as -g.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = get_type_hints(type(defaults))
+    for name, default in ((f.name, getattr(defaults, f.name)) for f in dataclasses.fields(defaults)):  # type: ignore[arg-type]
+        flags = [*([short[name]] if short and name in short else []), f"--{name.replace('_', '-')}"]
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        sentence = f"{help.get(name, '')} (default: {shown if shown != '' else 'none'})".strip().replace("%", "%%")
+        if isinstance(default, bool):
+            parser.add_argument(*flags, action="store_true", help=help.get(name))
+        elif get_origin(hints[name]) is tuple:
+            parser.add_argument(*flags, type=_Several(get_args(hints[name])[0]), default=default, help=sentence, metavar="A,B,...")
+        else:
+            parser.add_argument(*flags, type=type(default), default=default, help=sentence)
+    return type(defaults)(**vars(parser.parse_args(argv)))
+
+
+class _Several:
+    """1,2 -> (1, 2)"""
+
+    def __init__(self, kind: type) -> None:
+        self.kind, self.__name__ = kind, f"list of {kind.__name__}"
+
+    def __call__(self, text: str) -> tuple[Any, ...]:
+        return tuple(self.kind(word) for word in text.split(",") if word)

@@ -1,0 +1,253 @@
+"""The loop: it learns, repeats itself, says what is wrong, and continues after a kill as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from quantlib.layers import BinaryConv2d, FractionalConv2d, QuantSign, RPReLU
+from quantlib.training import (
+    SGD,
+    CheckpointError,
+    Constant,
+    DataError,
+    Fit,
+    Images,
+    Steps,
+    TrainingError,
+    accuracy,
+    checkpoint,
+    confusion,
+    fit,
+    image_files,
+    predictions,
+)
+from quantlib.training.checkpoint import load_checkpoint, save_checkpoint
+from quantlib.training.report import write
+
+
+def made(count: int = 200, size: int = 2) -> Images:
+    codes = torch.randint(0, 256, (count, 1, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+    return Images(codes, (codes[:, 0, 0, 0] > 127).long(), "made")
+
+
+def line() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+
+
+def small_net() -> nn.Module:
+    """Everything that carries state: batch normalisation, dropout, gates, learned shifts."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        BinaryConv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), QuantSign(2), FractionalConv2d(4, 4, 3), nn.BatchNorm2d(4), RPReLU(4),
+        nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 2),
+    )  # fmt: skip
+
+
+def test_fit_learns_and_repeats():
+    data = made()
+
+    def run():
+        return fit(line(), data, data, Fit(epochs=5, lr=0.1, batch=16))
+
+    first, second = run(), run()
+    assert first[-1].test_accuracy > 0.9 and [r.loss for r in first] == [r.loss for r in second]
+    assert [round(r.lr, 6) for r in first] == [0.1, 0.08, 0.06, 0.04, 0.02]
+    assert all(r.images == 200 and r.images_per_second > 0 for r in first)
+
+
+def test_one_step_is_plain_gradient_descent():
+    """One batch of everything, against the same written out."""
+    data, model, twin = made(8), line(), line()
+    fit(model, data, data, Fit(1, 8, lr=0.5, weight_decay=0.25, optimizer=SGD(momentum=0.0), schedule=Constant()))
+    nn.functional.cross_entropy(twin(data.codes.float() / 255), data.labels).backward()
+    for ours, p in zip(model.parameters(), twin.parameters(), strict=True):
+        # the batch arrives in another order, and its sums are rounded in that order
+        torch.testing.assert_close(ours.detach(), (p - 0.5 * (p.grad + 0.25 * p)).detach(), rtol=0, atol=1e-6)
+
+
+def test_images_per_epoch_and_last_batch():
+    data = made(50)
+    assert [r.images for r in fit(line(), data, data, Fit(2, 8, images=20))] == [20, 20]
+    assert [r.images for r in fit(line(), data, data, Fit(1, 8, drop_last=True))] == [48]
+    with pytest.raises(TrainingError, match="fewer than one batch of 64"):
+        fit(line(), data, data, Fit(1, 64, drop_last=True))
+
+
+def test_what_a_run_leaves(tmp_path):
+    data, model = made(60), line()
+    rows = fit(model, data, data, Fit(4, 16, lr=0.05, tensorboard=True), out=tmp_path)
+    log = (tmp_path / "log.csv").read_text().splitlines()
+    assert log[0] == "number,loss,train_accuracy,test_accuracy,lr,images" and len(log) == 5
+    assert [float(line.split(",")[1]) for line in log[1:]] == [r.loss for r in rows]
+    best = max(range(4), key=lambda k: (rows[k].test_accuracy, k))
+    assert json.loads((tmp_path / "best.json").read_text())["epoch"] == best + 1
+    weights, _ = load_checkpoint(tmp_path / "best.safetensors")
+    twin = line()
+    twin.load_state_dict(weights)
+    assert accuracy(predictions(twin, data), data.labels) == rows[best].test_accuracy
+    last, _ = load_checkpoint(tmp_path / "last.safetensors")
+    assert torch.equal(last["model/1.weight"], model[1].weight)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
+        "best.json", "best.safetensors", "last.safetensors", "log.csv", "speed.csv",
+    ]  # fmt: skip
+
+
+def test_a_finished_run_resumes_to_itself_and_other_settings_are_refused(tmp_path):
+    data, model = made(40), line()
+    rows = fit(model, data, data, Fit(2, 16), out=tmp_path)
+    again = line()
+    assert fit(again, data, data, Fit(2, 16), out=tmp_path, resume=True) == rows
+    assert torch.equal(again[1].weight, model[1].weight)
+    with pytest.raises(CheckpointError, match="batch was 16, now 8; schedule"):
+        fit(line(), data, data, Fit(2, 8, schedule=Steps((1.0,))), out=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="40 images"):
+        fit(line(), made(39), data, Fit(2, 16), out=tmp_path, resume=True)
+    save_checkpoint(tmp_path / "last.safetensors", {"a": torch.zeros(1)}, None)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        fit(line(), data, data, Fit(2, 16), out=tmp_path, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    data, model = made(16), line()
+    with torch.no_grad():
+        model[1].weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="nan in epoch 1, at step 2"):
+        fit(model, data, data, Fit(1, 8))
+
+
+def test_bfloat16_trains_and_leaves_a_plain_model():
+    import accelerate
+
+    data, model = made(64, 6), small_net()
+    accelerate.state.AcceleratorState._reset_state(True)  # precision is a setting of the whole process
+    try:
+        rows = fit(model, data, data, Fit(2, 16, precision="bf16", channels_last=True))
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)
+    assert all(r.loss < 2 for r in rows) and all(p.dtype == torch.float32 for p in model.parameters())
+    assert "forward" not in vars(model) and predictions(model, data).dtype == torch.float32
+    assert model[0].weight.is_contiguous()
+
+
+def test_unreadable_files_are_reported_and_do_not_end_an_epoch(tmp_path, capfd):
+    for n in range(8):
+        path = tmp_path / "train" / f"c{n % 2}" / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 10), (30 * n, 0, 0)).save(path)
+    path.write_bytes(b"broken")
+
+    def run(strict):
+        data = image_files(tmp_path, "train", size=8, resize=8, strict=strict)
+        torch.manual_seed(0)
+        return fit(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), data, data, Fit(2, 4))
+
+    assert [r.images for r in run(False)] == [8, 8]
+    said = capfd.readouterr().out
+    assert said.count("unreadable, left out") >= 1 and str(path) in said.replace("\n", "")
+    with pytest.raises(DataError, match="7.png"):
+        run(True)
+
+
+# Kills. The runs live in forked children, so that each costs no imports; the parent keeps its hands off accelerate before it forks.
+
+SETTINGS = Fit(epochs=3, batch=8, lr=0.02, weight_decay=1e-4, shift=1, flip=True, gate_target=1.0, channels_last=True, save_every=2)
+
+
+def child(out, before=lambda: None) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        before()
+        fit(small_net(), made(50, 6), made(20, 6), SETTINGS, out=out, resume=True)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def finish(out) -> None:
+    assert os.waitpid(child(out), 0)[1] == 0
+
+
+def same(a, b) -> None:
+    """Weights, optimizer state, sums, rows and logs, bit by bit; only what a clock says differs."""
+    (one, facts_one), (two, facts_two) = (load_checkpoint(folder / "last.safetensors") for folder in (a, b))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    for facts in (facts_one, facts_two):
+        facts.pop("seconds")
+        for row in facts["rows"]:
+            row.pop("seconds")
+    assert facts_one == facts_two
+    for name in ("log.csv", "best.safetensors", "best.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    start = time.monotonic()
+    finish(out)
+    return out, time.monotonic() - start
+
+
+def test_killed_at_random_moments(uninterrupted, tmp_path):
+    whole, seconds = uninterrupted
+    chance, kills, done = random.Random(3), 0, False
+    for _ in range(25):
+        pid = child(tmp_path)
+        time.sleep(chance.uniform(0, 0.4 * seconds))
+        os.kill(pid, signal.SIGKILL)
+        done = os.waitpid(pid, 0)[1] == 0
+        kills += not done
+        if done:
+            break
+    if not done:
+        finish(tmp_path)
+    assert kills >= 3
+    same(whole, tmp_path)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("write", range(1, 12, 2))
+def test_killed_around_a_write(uninterrupted, tmp_path, write, after):
+    """The process dies immediately before or after the n-th rename: between checkpoint, logs and best weights."""
+    count, replace = 0, os.replace
+
+    def dies(source, target):
+        nonlocal count
+        count += 1
+        if count == write and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if count == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before():
+        checkpoint.os = type("os", (), {**vars(os), "replace": staticmethod(dies)})
+
+    assert os.waitpid(child(tmp_path, before), 0)[1] == signal.SIGKILL
+    finish(tmp_path)
+    same(uninterrupted[0], tmp_path)
+
+
+def test_metrics():
+    y, labels = torch.tensor([[1.0, 0], [0, 1], [1, 0]]), torch.tensor([0, 1, 1])
+    assert accuracy(y, labels) == 2 / 3 and confusion(y, labels, 2).tolist() == [[1, 0], [1, 1]]
+
+
+def test_a_report_is_replaced_whole(tmp_path):
+    write(tmp_path / "a" / "r.html", "one")
+    write(tmp_path / "a" / "r.html", "two")
+    assert [(p.name, p.read_text()) for p in (tmp_path / "a").iterdir()] == [("r.html", "two")]

@@ -1,0 +1,128 @@
+"""Schedules, optimizer state, losses and the switches between steps."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from quantlib.layers import BinaryConv2d, FractionalConv2d, QuantSign
+from quantlib.training import SGD, Adam, AdamW, Constant, Cosine, CrossEntropy, Distillation, Linear, Steps, Warmup, load_teacher
+from quantlib.training.losses import gate_pull
+from quantlib.training.optim import optimizer_state, restore_optimizer
+from quantlib.training.steps import OPEN, density, use_gating, use_real_weights
+
+
+def test_schedules():
+    def factors(schedule, epochs=5):
+        return [schedule.factor(e, epochs) for e in range(epochs)]
+
+    assert factors(Constant()) == [1] * 5
+    assert factors(Linear()) == [1 - e / 5 for e in range(5)]
+    assert factors(Linear(over=250))[-1] == 1 - 4 / 250
+    assert factors(Steps((0.4, 3), 0.5)) == [1, 1, 0.5, 0.25, 0.25]
+    published = [0.1 ** sum(e >= k for k in (100, 150, 200)) for e in range(250)]
+    assert factors(Steps((0.4, 0.6, 0.8)), 250) == published == factors(Steps((100, 150, 200)), 250)
+    assert factors(Cosine())[0] == 1 and np.allclose(factors(Cosine(0.2), 2), [1, 0.6], rtol=0, atol=1e-15)  # cos is not exact
+    assert factors(Warmup(2, Linear())) == [0.5, 0.8, 0.6, 1 - 3 / 5, 1 - 4 / 5]
+
+
+@pytest.mark.parametrize("kind", [Adam(), AdamW(), SGD(), SGD(0.0)])
+def test_optimizer_state_goes_through_tensors_and_json(kind):
+    """A twin restored from the state takes the same next step, bit by bit, in both memory layouts."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+
+        def net(layout=layout):
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(memory_format=layout)
+
+        def step(model, optimizer):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        x = torch.randn(5, 3, 4, 4).to(memory_format=layout)
+        model, twin = net(), net()
+        optimizer, restored = (kind.build(m.parameters(), 0.01, 1e-3) for m in (model, twin))
+        for _ in range(3):
+            step(model, optimizer)
+        twin.load_state_dict(model.state_dict())
+        tensors, plain = optimizer_state(optimizer)
+        restore_optimizer(restored, {k: v.clone().contiguous() for k, v in tensors.items()}, plain)
+        step(model, optimizer), step(twin, restored)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_distillation():
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten())
+    x, labels, out = torch.randn(6, 1, 2, 2), torch.randint(0, 3, (6,)), torch.randn(6, 3, requires_grad=True)
+    frozen = Distillation(teacher, mode="eval")
+    p, q = frozen.teacher(x).softmax(1), out.softmax(1)
+    by_hand = (p * (p / q).log()).sum() / 6
+    torch.testing.assert_close(frozen(out, labels, x), by_hand, rtol=0, atol=1e-6)  # log(p / q) against log p - log q in float32
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    frozen(out, labels, x).backward()
+    assert out.grad is not None and all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    mixed = Distillation(teacher, temperature=2.0, label_weight=0.25, mode="train")
+    soft = F.kl_div(F.log_softmax(out / 2, 1), F.softmax(teacher(x) / 2, 1), reduction="batchmean") * 4
+    assert torch.equal(mixed(out, labels, x), 0.75 * soft + 0.25 * F.cross_entropy(out, labels))
+    assert not torch.equal(mixed.teacher(x), Distillation(teacher, mode="eval").teacher(x))
+    assert torch.equal(CrossEntropy(0.1)(out, labels, x), F.cross_entropy(out, labels, label_smoothing=0.1))
+
+
+def test_teacher_from_a_file(tmp_path):
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    teacher = get_model("squeezenet1_1", weights=None, num_classes=3).eval()
+    torch.save({"module." + k: v for k, v in teacher.state_dict().items()}, tmp_path / "t.pth")
+    save_file(teacher.state_dict(), tmp_path / "t.safetensors")
+    x = torch.randn(1, 3, 32, 32)
+    for name in ("t.pth", "t.safetensors"):
+        assert torch.equal(load_teacher("squeezenet1_1", tmp_path / name, 3).eval()(x), teacher(x))
+    with pytest.raises(ValueError, match="does not fit torchvision's alexnet"):
+        load_teacher("alexnet", tmp_path / "t.pth", 3)
+
+
+def test_gate_pull_reaches_trained_gates_only():
+    model = nn.Module()
+    model.threshold = nn.Parameter(torch.tensor([1.0, 4.0]))
+    outer = nn.ModuleList([model, nn.Linear(1, 1)])
+    assert gate_pull(outer, 3.0, 0.5).item() == gate_pull(model, 3.0, 0.5).item() == 0.25 * (4 + 1)
+    assert gate_pull(nn.Linear(1, 1), 3.0, 0.5).item() == 0
+    model.threshold.requires_grad_(False)
+    assert gate_pull(outer, 3.0, 0.5).item() == 0
+
+
+def test_steps_are_switches_on_one_model():
+    torch.manual_seed(0)
+    gated, binary = FractionalConv2d(4, 5, 3), BinaryConv2d(4, 5, 3)
+    model = nn.ModuleList([gated, binary])
+    q = QuantSign(2)(torch.randn(2, 4, 6, 6))
+    use_real_weights(model, True)
+    assert gated.real_weights and binary.real_weights and torch.equal(binary(q), F.conv2d(q, binary.weight))
+    use_real_weights(model, False)
+    assert torch.equal(binary(q), F.conv2d(q, binary.weight.sign()))
+
+    use_gating(model, False)
+    y = gated(q)
+    exact = F.conv2d((3 * q).round(), gated.weight.sign()) / 3  # sums of integers, one division
+    assert torch.equal(y, exact) and density(model) == 1.0
+    y.sum().backward()
+    assert not gated.threshold.requires_grad and gated.threshold.grad is None
+    with torch.no_grad():
+        planes = torch.stack([q.sign(), (3 * q).round() - 2 * q.sign()])
+    wanted = [torch.ops.aten.convolution_backward(torch.ones_like(y), p, gated.weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1,
+                                                  (False, True, False))[1] for p in planes]  # fmt: skip
+    # gradient of an ungated convolution of q = (2m + l) / 3, by its planes; thirds are rounded in a different order
+    torch.testing.assert_close(gated.weight.grad, (2 * wanted[0] + wanted[1]) / 3, rtol=1e-5, atol=1e-5)
+
+    use_gating(model, True)
+    assert gated.threshold.requires_grad and gated.threshold.unique().tolist() == [-1.0]
+    with torch.no_grad():
+        gated.threshold.fill_(2.5)
+    use_gating(model, True)
+    assert gated.threshold.unique().tolist() == [2.5] and OPEN < -1e5
