@@ -1,4 +1,4 @@
-"""Run by test_processes.py, alone or under `accelerate launch`: trains on integers, on real numbers and FracBNN, and writes what came out."""
+"""Run by test_processes.py, alone or under `accelerate launch`: trains on integers, real numbers and FracBNN; writes what came out."""
 
 import sys
 from dataclasses import dataclass, field

@@ -37,7 +37,7 @@ def test_optimizer_state_goes_through_tensors_and_json(kind):
             torch.manual_seed(0)
             return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(memory_format=layout)
 
-        def step(model, optimizer):
+        def step(model, optimizer, x):
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
@@ -46,11 +46,11 @@ def test_optimizer_state_goes_through_tensors_and_json(kind):
         model, twin = net(), net()
         optimizer, restored = (kind.build(m.parameters(), 0.01, 1e-3) for m in (model, twin))
         for _ in range(3):
-            step(model, optimizer)
+            step(model, optimizer, x)
         twin.load_state_dict(model.state_dict())
         tensors, plain = optimizer_state(optimizer)
         restore_optimizer(restored, {k: v.clone().contiguous() for k, v in tensors.items()}, plain)
-        step(model, optimizer), step(twin, restored)
+        step(model, optimizer, x), step(twin, restored, x)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
