@@ -1,7 +1,7 @@
-"""The exact evaluator: each op runs in the narrowest carrier that is proven to hold every intermediate.
+"""The exact evaluator: a packed C++ engine on the CPU where g++ is found (quantlib.engine), else torch.
 
-float32 below 2^24, float64 below 2^53, int64 last; reduced precision (TF32, bfloat16) is switched off while it runs. Images go through
-in small chunks.
+In torch each op runs in the narrowest carrier that is proven to hold every intermediate: float32 below 2^24, float64 below 2^53, int64
+last; reduced precision (TF32, bfloat16) is switched off while it runs. Images go through in small chunks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantlib import engine as packed_engine
 from quantlib.ir import Graph, Node
 
 CHUNK = 8  # images at a time: larger batches lose to fresh memory (measured, docs/architecture.md)
@@ -35,9 +36,12 @@ def carrier(graph: Graph, node: Node) -> torch.dtype:
 
 
 def engine(graph: Graph) -> str:
-    """Which engine `run` uses for this graph, in words: carriers and how many ops each of them runs."""
+    """Which engine `run` uses for this graph on the CPU, in words; for carriers how many ops each of them runs, and why no other engine."""
+    packed, words = packed_engine.describe(graph)
+    if packed:
+        return f"packed, {words} for {len(graph) - 1} ops"
     count = Counter(str(carrier(graph, n)).removeprefix("torch.") for n in graph.nodes[1:])
-    return "torch, " + ", ".join(f"{k} for {v} ops" for k, v in count.most_common())
+    return "torch, " + ", ".join(f"{k} for {v} ops" for k, v in count.most_common()) + f" ({words})"
 
 
 # ---------------------------------------------------------------- images in, numbers out
@@ -147,6 +151,8 @@ def _exact() -> Iterator[None]:
 def execute(graph: Graph, codes: Tensor, keep: Iterable[str]) -> dict[str, Tensor]:
     """Evaluate on input codes (N, *shape) int64; returns the edges named in `keep` as int64 (N, *shape)."""
     wanted = dict.fromkeys(keep)
+    if (edges := packed_engine.execute(graph, codes, wanted)) is not None:
+        return edges
     plan = [(node, carrier(graph, node)) for node in graph.nodes[1:]]
     last = {i: k for k, (node, _) in enumerate(plan) for i in node.inputs}
     pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
