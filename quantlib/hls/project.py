@@ -87,6 +87,12 @@ class Project:
                 raise KeyError(f"there is no FIFO {name}; there are {', '.join(sorted(names))}")
         for name in names:
             library.ql_depth(name.encode(), (depths or {}).get(name, 0))
+        longest = max(s.iterations for s in self.net.stages)
+        most = len(codes) if mode == "fast" else max(1, (2**31 - 1) // longest)  # loop counters are 32 bits wide
+        pieces = [self._simulate(library, codes[i : i + most], mode) for i in range(0, len(codes), most)]
+        return {edge: np.concatenate([p[edge] for p in pieces]) for edge in pieces[0]}
+
+    def _simulate(self, library: ctypes.CDLL, codes: np.ndarray, mode: str) -> dict[str, np.ndarray]:
         inputs = writer.to_stream(codes, self.net.input.type)
         outputs = [np.empty((len(codes), p.type.numel), dtype=np.int64) for p in self.net.outputs]
         pointers = (ctypes.c_void_p * len(outputs))(*(o.ctypes.data for o in outputs))

@@ -38,6 +38,11 @@ def headers(wanted: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def plain(name: str) -> str:
+    """A name as it may stand in a comment or a string of C++, whatever a graph file says."""
+    return re.sub(r"[^\w.:/-]", "_", name)
+
+
 def word(ctype: str, lanes: int) -> str:
     return f"ql::Word<{ctype}, {lanes}>"
 
@@ -120,7 +125,7 @@ def network(graph: Graph, net: Netlist, loads: Sequence[str]) -> str:
     parameters = [f"{stream_type(p)}& {p.wire.name}" for p in (net.input, *net.outputs)]
     stages = [*(line for s in net.stages for line in memory_pragmas(s)), *map(stage_line, net.stages)]
     return template(
-        "network.hpp", graph=graph.name, includes="\n".join(dict.fromkeys(includes)), parameters=", ".join(parameters),
+        "network.hpp", graph=plain(graph.name), includes="\n".join(dict.fromkeys(includes)), parameters=", ".join(parameters),
         streams=stream_lines(net), stages="\n".join(stages), loads="\n".join(loads),
     )  # fmt: skip
 
@@ -157,7 +162,7 @@ def tops(graph: Graph, net: Netlist) -> dict[str, str]:
     pins = (net.input, *net.outputs)
     ports = ["in", *(f"out{k}" for k in range(len(net.outputs)))]
     layout = "\n".join(
-        f"// {name}: edge {p.edge}, {p.type}, {p.bits}-bit containers, {p.bus_words} words per image"
+        f"// {name}: edge {plain(p.edge)}, {p.type}, {p.bits}-bit containers, {p.bus_words} words per image"
         for name, p in zip(ports, pins, strict=True)
     )
     axis = ", ".join(f"hls::stream<bus_word>& {n}" for n in ports)
@@ -165,11 +170,11 @@ def tops(graph: Graph, net: Netlist) -> dict[str, str]:
 
     def calls(way: str) -> str:
         p = net.input
-        kind = ("ql::FromAxis", "ql::ToAxis") if way == "axis" else ("ql::FromMemory", "ql::ToMemory")
-        lines = [f'    QL_STAGE("enter", ql::enter<{p.type.numel}, {p.bits}>({kind[0]}{{in}}, {p.wire.name}, images));']
+        kind = ("hls::stream<bus_word>&",) * 2 if way == "axis" else ("const uint64_t*", "uint64_t*")
+        lines = [f'    QL_STAGE("enter", ql::enter<{p.type.numel}, {p.bits}, {kind[0]}>(in, {p.wire.name}, images));']
         lines.append(f"    network({', '.join([q.wire.name for q in pins])}, images);")
         lines += [
-            f'    QL_STAGE("leave{k}", ql::leave<{q.type.numel}, {q.bits}>({q.wire.name}, {kind[1]}{{out{k}}}, images));'
+            f'    QL_STAGE("leave{k}", ql::leave<{q.type.numel}, {q.bits}, {kind[1]}>({q.wire.name}, out{k}, images));'
             for k, q in enumerate(net.outputs)
         ]
         return "\n".join([*lines, "    QL_RUN();"])
@@ -205,7 +210,7 @@ def from_stream(values: Array, t: IntType) -> Array:
 
 def testbench(net: Netlist, images: int) -> str:
     def edge(p: Pin) -> str:
-        return "{" + ", ".join([f'"{p.edge}"', *map(str, map_shape(p.type)), str(p.bits), str(p.bus_words)]) + "}"
+        return "{" + ", ".join([f'"{plain(p.edge)}"', *map(str, map_shape(p.type)), str(p.bits), str(p.bus_words)]) + "}"
 
     count = range(len(net.outputs))
     return template(

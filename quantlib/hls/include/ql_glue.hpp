@@ -81,16 +81,10 @@ template <unsigned BITS, typename T> inline uint64_t placed(T value, unsigned p)
 
 typedef ap_axiu<64, 0, 0, 0> Axis;
 
-struct FromAxis {
-    hls::stream<Axis>& s;
-    uint64_t next(unsigned) { return uint64_t(s.read().data); }
-};
-struct FromMemory {
-    const uint64_t* m;
-    uint64_t next(unsigned i) { return m[i]; }
-};
+inline uint64_t next_word(hls::stream<Axis>& s, unsigned) { return uint64_t(s.read().data); }
+inline uint64_t next_word(const uint64_t* m, unsigned i) { return m[i]; }
 
-// ELEMENTS per image enter as words of N lanes. Iterations per image: ceil(ELEMENTS / (64 / BITS)) * (64 / BITS) / N.
+// ELEMENTS per image enter as words of N lanes; SOURCE is hls::stream<Axis>& or const uint64_t*. Iterations per image: ceil(ELEMENTS / (64 / BITS)) * (64 / BITS) / N.
 template <unsigned ELEMENTS, unsigned BITS, typename SOURCE, typename T, unsigned N>
 void enter(SOURCE source, hls::stream<Word<T, N>>& out, unsigned images) {
     const unsigned EACH = 64 / BITS, WORDS = (ELEMENTS + EACH - 1) / EACH, PARTS = EACH / N;
@@ -103,7 +97,7 @@ enter:
     for (unsigned i = 0; i < total; ++i) {
 #pragma HLS PIPELINE II = 1
         QL_CYCLE();
-        if (part == 0) data = source.next(position++);
+        if (part == 0) data = next_word(source, position++);
         if (left) {
             Word<T, N> y;
             for (unsigned p = 0; p < N; ++p) {
@@ -123,23 +117,17 @@ enter:
     }
 }
 
-struct ToAxis {
-    hls::stream<Axis>& s;
-    void put(unsigned, uint64_t data, bool last) {
-        Axis a;
-        a.data = data;
-        a.keep = 0xff;
-        a.strb = 0xff;
-        a.last = last;
-        s.write(a);
-    }
-};
-struct ToMemory {
-    uint64_t* m;
-    void put(unsigned i, uint64_t data, bool) { m[i] = data; }
-};
+inline void put_word(hls::stream<Axis>& s, unsigned, uint64_t data, bool last) {
+    Axis a;
+    a.data = data;
+    a.keep = 0xff;
+    a.strb = 0xff;
+    a.last = last;
+    s.write(a);
+}
+inline void put_word(uint64_t* m, unsigned i, uint64_t data, bool) { m[i] = data; }
 
-// Words of N lanes leave as 64-bit words; the last of an image is marked. Iterations per image as for enter.
+// Words of N lanes leave as 64-bit words, the last of an image marked; SINK is hls::stream<Axis>& or uint64_t*. Iterations per image as for enter.
 template <unsigned ELEMENTS, unsigned BITS, typename SINK, typename T, unsigned N>
 void leave(hls::stream<Word<T, N>>& in, SINK sink, unsigned images) {
     const unsigned EACH = 64 / BITS, WORDS = (ELEMENTS + EACH - 1) / EACH, PARTS = EACH / N;
@@ -162,7 +150,7 @@ leave:
         }
         if (++part == PARTS) {
             part = 0;
-            sink.put(position++, data, word == WORDS - 1);
+            put_word(sink, position++, data, word == WORDS - 1);
             data = 0;
             if (++word == WORDS) {
                 word = 0;

@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#if !defined(QL_UCONTEXT) && !defined(__x86_64__) && !defined(__aarch64__)
+#if !defined(QL_UCONTEXT) && !(defined(__ELF__) && (defined(__x86_64__) || defined(__aarch64__)))
 #define QL_UCONTEXT 1
 #endif
 #ifdef QL_UCONTEXT
