@@ -133,6 +133,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # Train: one model, switched from step to step; each step starts from the best weights of the one before.
     model = zoo.get("fracbnn_cifar10")
     curves: dict[str, list[Epoch]] = {}
+    if not config.resume:
+        for step in config.steps:
+            (out / f"step{step}" / "last.safetensors").unlink(missing_ok=True)
     for step in config.steps:
         use_real_weights(model, step == 1)
         use_gating(model, gated=step == 3 or 3 not in config.steps)

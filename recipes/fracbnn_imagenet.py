@@ -156,6 +156,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     shape: dict[str, Any] = {"num_classes": train.classes, "width": config.width}
     model = zoo.get("fracbnn_imagenet", **shape)
     curves: dict[str, list[Epoch]] = {}
+    if not config.resume:
+        for step in config.steps:
+            (out / f"step{step}" / "last.safetensors").unlink(missing_ok=True)
     for step in config.steps:
         use_real_weights(model, step == 1)
         use_gating(model, gated=step == 3 or 3 not in config.steps)

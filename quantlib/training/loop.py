@@ -38,8 +38,8 @@ class Fit:
     batch: images per step over all processes together; images: per epoch, a fresh random choice each time (0: all); drop_last: leave out
     the last, smaller batch. shift, flip: augmentation (`Augment`). gate_target, gate_decay: the pull of every gating threshold T,
     gate_decay / 2 * |T - gate_target|^2. precision: "bf16" and "fp16" run the convolutions in it; the quantizers of this library stay in
-    float32. compile: torch.compile (slower on CPU). save_every: steps between checkpoints (0: only after each epoch). workers: processes
-    that decode image files. channels_last: memory layout, much faster on CPU.
+    float32. compile: torch.compile (slower on CPU; sums in another order, so other last digits). channels_last: memory layout, much faster
+    on CPU. save_every: steps between checkpoints (0: only after each epoch). workers: processes that decode image files.
     """
 
     epochs: int
@@ -80,8 +80,9 @@ def fit(
 
     loss: called with (outputs, labels, images), by default `CrossEntropy()`. out: folder for last.safetensors (all a resumed run needs),
     best.safetensors (weights of the best test accuracy, the latest among equals) with best.json, log.csv, speed.csv, TensorBoard events;
-    None: nothing is written. resume: continue from last.safetensors where there is one. TrainingError when the loss is not finite,
-    CheckpointError when a checkpoint belongs to other settings. The model is left on the device it came from, with its last weights.
+    None: nothing is written. resume: continue from last.safetensors where there is one; otherwise an old one is removed. The model is left
+    on the device it came from, with its last weights. TrainingError when the loss is not finite, CheckpointError when a checkpoint belongs
+    to other settings.
     """
     return _Run(model, train, test, settings, loss or CrossEntropy(), title, Path(out) if out else None).run(resume)
 
@@ -111,6 +112,8 @@ class _Run:
         settings = self.settings
         if resume and self.out and (self.out / "last.safetensors").is_file():
             self._load(self.out / "last.safetensors")
+        elif self.out and self.accelerator.is_main_process:
+            (self.out / "last.safetensors").unlink(missing_ok=True)  # of an older run: a kill before the first save must not revive it
         logs = Logs(self.out if self.accelerator.is_main_process else None, self.rows, settings.tensorboard)
         with Bar(self.title, settings.epochs, self.accelerator.is_main_process) as self.bar:
             while self.epoch < settings.epochs:
@@ -221,8 +224,9 @@ class _Run:
         """What must be equal for a checkpoint to continue this run."""
         settings = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
         kinds = {k: type(getattr(self.settings, k)).__name__ for k in ("optimizer", "schedule")}
-        facts = {"settings": settings, "kinds": kinds, "loss": repr(self.loss), "train": f"{self.train.name}, {len(self.train)} images"}
-        return json.loads(json.dumps(facts | {"processes": self.world}))
+        facts: dict[str, Any] = {"settings": settings, "kinds": kinds, "loss": repr(self.loss), "processes": self.world}
+        facts |= {k: f"{data.name}, {len(data)} images" for k, data in (("train", self.train), ("test", self.test))}
+        return json.loads(json.dumps(facts))
 
     def _save(self) -> None:
         sums = self._of_all(self.sums)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -71,6 +73,18 @@ def test_imagenet_smoke(recipe, tmp_path):
     assert report["images"] == {"train": 48, "test": 16} and report["unreadable"] == {}
     assert list(report["training"]) == ["step 1, real weights", "step 2, binary weights"]
     assert sum(result["seconds"].values()) < 180
+
+
+@pytest.mark.slow
+def test_two_processes(root, tmp_path):
+    """The whole recipe under the launcher: both train, one converts and reports."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1", "--main_process_port=0"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+    command = [*launch, str(root / "recipes/fracbnn_cifar10.py"), "--smoke", f"--out={tmp_path}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read(tmp_path)["images"] == {"train": 96, "test": 40} and done.stdout.count("report:") == 1
 
 
 @pytest.mark.slow

@@ -111,9 +111,29 @@ def test_a_finished_run_resumes_to_itself_and_other_settings_are_refused(tmp_pat
         fit(line(), data, data, Fit(2, 8, schedule=Steps((1.0,))), out=tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="40 images"):
         fit(line(), made(39), data, Fit(2, 16), out=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="test was 'made, 40 images', now 'made, 41 images'"):
+        fit(line(), data, made(41), Fit(2, 16), out=tmp_path, resume=True)
     save_checkpoint(tmp_path / "last.safetensors", {"a": torch.zeros(1)}, None)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         fit(line(), data, data, Fit(2, 16), out=tmp_path, resume=True)
+
+
+def test_a_fresh_start_forgets_the_old_run(tmp_path):
+    data, model = made(40), line()
+    fit(line(), data, data, Fit(2, 16), out=tmp_path)
+    with torch.no_grad():
+        model[1].weight.fill_(float("nan"))
+    with pytest.raises(TrainingError):
+        fit(model, data, data, Fit(2, 16), out=tmp_path)
+    assert not (tmp_path / "last.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_compiled_training():
+    """torch.compile sums in another order, so only the course is compared."""
+    data = made(64, 6)
+    plain, compiled = (fit(small_net(), data, data, Fit(2, 16, compile=c)) for c in (False, True))
+    assert all(abs(a.loss - b.loss) < 0.1 for a, b in zip(plain, compiled, strict=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
