@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -22,7 +25,7 @@ from torch import Tensor
 
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp")
 _SPLITS = {"train", "test", "val"}
-UNREADABLE = (OSError, ValueError, SyntaxError)  # what decoding a broken file raises
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, zipfile.BadZipFile)  # what broken files raise
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -294,13 +297,14 @@ def read_images(source: str | Path, split: str = "test", strict: bool = False) -
             if (folder / "data_batch_1").is_file() or ((folder / "train").is_file() and (folder / "test").is_file()):
                 return cifar(folder, split)
         found = ((PurePosixPath(p.relative_to(path).as_posix()), p) for p in sorted(path.rglob("*")) if p.is_file())
-        return _class_folders(((name, p.read_bytes()) for name, p in _of_split(found, split)), split, path.name, strict)
+        return _class_folders(((name, p.read_bytes) for name, p in _of_split(found, split)), split, path.name, strict)
     if not path.is_file():
         raise DataError(f"no data set at {path}; give digits, an .npz, a .zip of class folders, or a folder of them")
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             members = ((PurePosixPath(n), n) for n in sorted(archive.namelist()))
-            return _class_folders(((name, archive.read(n)) for name, n in _of_split(members, split)), split, path.name, strict)
+            files = ((name, partial(archive.read, n)) for name, n in _of_split(members, split))
+            return _class_folders(files, split, path.name, strict)
     if path.suffix != ".npz":
         raise DataError(f"{path.name}: unknown kind of data set; readable are .npz, .zip and folders")
     with np.load(path, allow_pickle=False) as arrays:
@@ -331,19 +335,19 @@ def _of_split(files: Iterable[tuple[PurePosixPath, Any]], split: str) -> Iterato
             yield name, where
 
 
-def _class_folders(files: Iterable[tuple[PurePosixPath, bytes]], split: str, name: str, strict: bool) -> Images:
+def _class_folders(files: Iterable[tuple[PurePosixPath, Callable[[], bytes]]], split: str, name: str, strict: bool) -> Images:
     from PIL import Image
 
     pixels: list[np.ndarray] = []
     folders: list[str] = []
     all_folders: set[str] = set()
     unreadable: dict[str, str] = {}
-    for path, data in files:
+    for path, content in files:
         if path.suffix.lower() not in _IMAGE_ENDINGS:
             continue
         all_folders.add(path.parts[-2])
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(content())) as image:
                 pixels.append(np.asarray(image.convert("RGB")))
         except UNREADABLE as error:
             if strict:

@@ -3,7 +3,8 @@
 Everything random in a step follows from (seed, epoch, step), never from what ran before: order and augmentation of the images, and torch's,
 numpy's and Python's generators, which are seeded anew before each step. A checkpoint therefore holds weights, optimizer state, sums of the
 epoch so far and the position; a run continued from it repeats the uninterrupted one bit by bit wherever the machine's arithmetic is
-reproducible (on CPU it is, for a fixed number of threads).
+reproducible (on CPU it is, for a fixed number of threads). Several processes share each batch; gradients and metrics are means over all of
+it, batch normalisation sees the share of its process, and the running statistics are those of process 0.
 """
 
 from __future__ import annotations

@@ -64,6 +64,14 @@ def test_unreadable_images_are_named_and_left_out_or_refused(tmp_path):
     assert set(data.unreadable) == {"a/0.png", "b/1.png"}
     with pytest.raises(DataError, match="a/0.png"):
         read_images(tmp_path, strict=True)
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        archive.writestr("a/0.png", image(5))
+        archive.writestr("b/0.png", image(6))
+    content = bytearray((tmp_path / "d.zip").read_bytes())
+    content[60] ^= 1  # within the first picture: its checksum no longer holds
+    (tmp_path / "d.zip").write_bytes(content)
+    data = read_images(tmp_path / "d.zip")
+    assert data.labels.tolist() == [1] and "BadZipFile" in data.unreadable["a/0.png"]
 
 
 def test_npz_and_what_is_wrong_with_files(tmp_path):
