@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import quantlib as ql
 import zoo
-from quantlib.training import accuracy, predictions, read_images
+from quantlib.training import accuracy, batched, read_images
+from quantlib.training.data import as_real
 from quantlib.training.report import write_json
 
 
@@ -77,6 +79,15 @@ def network_options(texts: tuple[str, ...]) -> dict[str, Any]:
     return result
 
 
+def real(codes: Tensor, network: str) -> Tensor:
+    """uint8 images as the network's model reads them: pixel / 255, normalised where its card says so."""
+    normalisation = zoo.card(network).normalisation
+    if normalisation is None:
+        return as_real(codes)
+    mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in normalisation)
+    return (as_real(codes) - mean) / std
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     config, console = options(argv), Console()
     console.print(f"{config}\n", highlight=False)
@@ -88,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     rows: list[tuple[str, str]] = [("data", f"{data.name}, {len(data)} images")]
     start = time.perf_counter()
-    y_model = predictions(model, data, config.batch)
+    y_model = batched(lambda codes: model(real(codes, config.network)), data.codes, config.batch)
     result: dict[str, Any] = {"config": asdict(config), "images": len(data), "accuracy": {"float": accuracy(y_model, data.labels)}}
     rows.append(("accuracy of the model", f"{100 * result['accuracy']['float']:.2f} %  ({time.perf_counter() - start:.1f} s)"))
     try:

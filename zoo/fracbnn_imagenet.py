@@ -162,6 +162,7 @@ class FracBNNImageNet(nn.Module):
         },
         converts=({"fixed_point": GRID, "width": 1 / 16},),
         convert_shape=(3, 64, 64),
+        normalisation=(MEAN, STD),
         claims=(
             Claim("top-1 accuracy, ImageNet, 1/1.4 bit", 71.7, "%", "code's README; the paper's text gives 71.8"),
             Claim("accelerator on Ultra96-V2 at 250 MHz", 48.1, "frames/s", "paper, table of accelerators"),
