@@ -33,7 +33,7 @@ class Claim:
 class Card:
     """What is known about one registered network, with its options at their defaults.
 
-    input_shape has no batch axis. Images are real, pixel / 255, normalised with normalisation = (mean, std) per channel where that is given.
+    input_shape has no batch axis. Images are pixel / 255, normalised with normalisation = (mean, std) per channel where that is given.
     parameters and macs are counted for one image and compared with the built network by the tests. claims are the paper's numbers, measured
     are ours. options maps every keyword of the builder to one sentence. converts lists option sets whose models convert to integers; the
     tests run each of them, on images of convert_shape where input_shape would take minutes.
