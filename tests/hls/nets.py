@@ -138,3 +138,11 @@ def tangle(seed: int) -> tuple[Graph, dict[str, Folding]]:
 def codes(graph: Graph, images: int, seed: int = 1) -> torch.Tensor:
     t = graph.input.type
     return torch.from_numpy(np.random.default_rng(seed).integers(0, t.levels, (images, *t.shape)) * t.step + t.lo)
+
+
+def definition(graph: Graph, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The integers of every output edge from the ops' definitions on int64, without any engine."""
+    edges = {graph.input.name: x}
+    for node in graph.nodes[1:]:
+        edges[node.name] = node.op.evaluate(*(edges[i] for i in node.inputs))
+    return {name: edges[name] for name in graph.outputs}

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import quantlib as ql
-from quantlib.evaluator import execute
 from quantlib.hls import Deadlock, netlist, project, writer
 
 
@@ -28,7 +27,7 @@ def everything(nets: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> pr
 @pytest.mark.parametrize("mode", project.MODES)
 def test_every_op_in_one_network(nets: ModuleType, everything: project.Project, mode: str) -> None:
     x = nets.codes(everything.graph, 4)
-    want = execute(everything.graph, x, everything.graph.outputs)
+    want = nets.definition(everything.graph, x)
     assert equal(everything.csim(x, mode=mode, integers=True), want)
     assert equal(everything.csim(x[:1], mode=mode, integers=True), {k: v[:1] for k, v in want.items()})
 
@@ -47,7 +46,7 @@ def test_other_bodies_and_other_fibers_give_the_same(nets: ModuleType, tmp_path:
     made = project.write(graph, tmp_path / "p", folding)
     made._library(project.MODES["timed"], flags)
     x = nets.codes(graph, 3)
-    assert equal(made.csim(x, mode="timed", integers=True), execute(graph, x, graph.outputs))
+    assert equal(made.csim(x, mode="timed", integers=True), nets.definition(graph, x))
 
 
 def test_timed_cycles_are_those_of_the_slowest_stage(nets: ModuleType, tmp_path: Path) -> None:
@@ -76,7 +75,7 @@ def test_too_small_fifo_deadlocks_and_says_where(nets: ModuleType, tmp_path: Pat
     graph, folding = nets.residual()
     made = project.write(graph, tmp_path / "p", folding)
     x = nets.codes(graph, 2)
-    want = execute(graph, x, graph.outputs)
+    want = nets.definition(graph, x)
     assert equal(made.csim(x, mode="fifo", integers=True), want)
     needed = netlist.required(made.net)
     skip = max(needed.items(), key=lambda item: item[1])
@@ -100,7 +99,7 @@ def test_generated_depths_never_deadlock(nets: ModuleType, tmp_path: Path, seed:
     assert needed
     tight = {w.name: needed.get(w.name, netlist.SHALLOW) for w in made.net.wires}
     x = nets.codes(graph, 3)
-    assert equal(made.csim(x, mode="fifo", integers=True, depths=tight), execute(graph, x, graph.outputs))
+    assert equal(made.csim(x, mode="fifo", integers=True, depths=tight), nets.definition(graph, x))
 
 
 def test_big_tables_come_from_binary_files(nets: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +110,7 @@ def test_big_tables_come_from_binary_files(nets: ModuleType, tmp_path: Path, mon
     data = (params / "fc_weight.bin").read_bytes()
     assert [int(v) for v in (params / "fc_weight.inc").read_text().split(",")] == [v - 256 * (v > 127) for v in data]
     x = nets.codes(graph, 2)
-    assert equal(made.csim(x, integers=True), execute(graph, x, graph.outputs))
+    assert equal(made.csim(x, integers=True), nets.definition(graph, x))
     assert subprocess.run(["make", "csim", "CXXFLAGS=-O0"], cwd=made.folder, capture_output=True).returncode == 0
 
 
