@@ -30,9 +30,10 @@ class Cost:
 
     lut: 6-input LUTs; ff: flip-flops; dsp: DSP48 slices; bram18: block RAMs of 18 kbit; uram: UltraRAMs of 288 kbit;
     cycles: clock cycles per image in steady state (iterations of the slowest loop, II = 1);
-    fill: the share (0..1) of its input image that the node has to see before its first output word.
+    fill: the share (0..1) of its input image that the node has to see before its first output word;
+    pause: the share (0..1) of its cycles in which it reads nothing, one after the other: that much of an image waits in front of it.
 
-    `a + b` adds the resources and keeps the larger cycles and fill: stages of a dataflow run at the same time.
+    `a + b` adds the resources and keeps the larger cycles, fill and pause: stages of a dataflow run at the same time.
     """
 
     lut: int = 0
@@ -42,6 +43,7 @@ class Cost:
     uram: int = 0
     cycles: int = 0
     fill: float = 0.0
+    pause: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -52,20 +54,21 @@ class Cost:
             self.uram + other.uram,
             max(self.cycles, other.cycles),
             max(self.fill, other.fill),
+            max(self.pause, other.pause),
         )
 
     def times(self, copies: int) -> Cost:
         """`copies` of the same hardware side by side; the time stays."""
         n = copies
-        return Cost(self.lut * n, self.ff * n, self.dsp * n, self.bram18 * n, self.uram * n, self.cycles, self.fill)
+        return Cost(self.lut * n, self.ff * n, self.dsp * n, self.bram18 * n, self.uram * n, self.cycles, self.fill, self.pause)
 
     def to_dict(self) -> dict[str, int | float]:
         return asdict(self)
 
 
-def loop(cycles: int, bits: int, fill: float = 0.0) -> Cost:
+def loop(cycles: int, bits: int, fill: float = 0.0, pause: float = 0.0) -> Cost:
     """The control of one pipelined loop: counters, handshakes and two pipeline registers of the word it moves (our estimate)."""
-    return Cost(lut=40 + 2 * max(cycles, 1).bit_length(), ff=40 + 2 * bits, cycles=cycles, fill=fill)
+    return Cost(lut=40 + 2 * max(cycles, 1).bit_length(), ff=40 + 2 * bits, cycles=cycles, fill=fill, pause=pause)
 
 
 def adder(bits: int) -> Cost:
@@ -184,7 +187,9 @@ def window(
     held = (kernel[0] - 1) * dilation[0] + 1 + stride[0]
     line, written = width * channels // lanes, cols * kernel[0] * kernel[1] * channels // lanes
     cycles = need[0] * line + sum(max(written, (b - a) * line) for a, b in zip(need[:-1], need[1:]))
-    return loop(cycles, lanes * x.bits, need[0] / height) + memory(min(held, height) * line, lanes * x.bits) + fifo(32, lanes * x.bits)
+    pause = sum(n == height for n in need[:-1]) * written / cycles  # the last rows of windows are written when all is read
+    ring = memory(min(held, height) * line, lanes * x.bits)
+    return loop(cycles, lanes * x.bits, need[0] / height, pause) + ring + fifo(32, lanes * x.bits)
 
 
 @cache
@@ -200,7 +205,8 @@ def same_order(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 def reorder(x: IntType, y: IntType, lanes: int, pe: int) -> Cost:
     """A buffered permutation: the map is read whole, `lanes` channels per word, then written pe at a time through a table of addresses."""
     stored = memory(x.numel, x.bits) + memory(y.numel // pe, pe * (x.numel - 1).bit_length())
-    return loop(x.numel // lanes + y.numel // pe, pe * y.bits, 1.0) + stored
+    cycles = x.numel // lanes + y.numel // pe
+    return loop(cycles, pe * y.bits, 1.0, y.numel // pe / cycles) + stored
 
 
 def bus_lanes(t: IntType) -> int:

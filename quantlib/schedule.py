@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from quantlib.cost import bus_cycles, bus_lanes, converter, fifo
 from quantlib.ir import Graph, IntType, Node
 from quantlib.parts import PARTS, RESOURCES, Part
 from quantlib.parts import part as find_part
+
+if TYPE_CHECKING:
+    from quantlib.hls.call import Port
 
 MEMORY_STYLES = ("auto", "lut", "bram", "uram")
 # A stream word wider than this needs a vendor switch (AP_INT_MAX_W is 1,024 unless raised: UG1399, arbitrary precision types).
@@ -210,6 +213,8 @@ def estimate(
     if plan.fits:
         return plan
     for other in PARTS:
+        if all(other.budget()[r] <= device.budget()[r] for r in RESOURCES):
+            continue
         speed = device.clock_mhz if clock_mhz is None else clock_mhz
         trial = _plan(graph, other, speed, fps, _solve(graph, options, other, target, any_speed=fps is None), None)
         if trial.fits:
@@ -255,8 +260,10 @@ def _options(graph: Graph, node: Node) -> _Options:
         for simd in _divisors(simds):
             if max(pe * node.type.bits, simd * max((t.bits for t in x), default=0)) > WORD_BITS and (pe, simd) != (1, 1):
                 continue
-            around = _streams(graph, node, Stage(Folding(pe, simd), (BASE_DEPTH,) * len(x)))
-            found += [(f, node.op.cost(x, node.type, f) + around) for f in (Folding(pe, simd, s) for s in styles)]
+            reads = _reads(node, x, Folding(pe, simd))
+            own = [(f, node.op.cost(x, node.type, f)) for f in (Folding(pe, simd, s) for s in styles)]
+            around = _streams(graph, node, reads, [BASE_DEPTH + _waiting(p, own[0][1]) for p in reads])
+            found += [(f, cost + around) for f, cost in own]
     cycles = np.array([c.cycles for _, c in found])
     usage = np.stack([_usage(c) for _, c in found])
     keep = _undominated(np.column_stack([cycles, usage]))
@@ -387,27 +394,41 @@ def _search(usage: list[np.ndarray], limit: int = 20_000) -> list[int] | None:
 BASE_DEPTH = 32
 
 
+def _reads(node: Node, x: Sequence[IntType], folding: Folding) -> tuple[Port, ...]:
+    """The words in which a node reads its inputs."""
+    return node.op.hls(x, node.type, folding).kernels[0].inputs if node.inputs else ()
+
+
+def _waiting(read: Port, cost: Cost) -> int:
+    """Words that arrive while a node pauses."""
+    return ceil(cost.pause * read.words)
+
+
 def _depths(graph: Graph, foldings: Mapping[str, Folding]) -> list[tuple[int, ...]]:
-    """FIFO depths per node and input: BASE_DEPTH, and where branches meet what the shorter one has to store beside it."""
+    """FIFO depths per node and input: BASE_DEPTH, what arrives while the node pauses, and what the shorter of two branches stores."""
     from quantlib.hls.netlist import build
 
-    found: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, list[int]] = {}
     for stage in build(graph, foldings).stages:
-        if stage.header != "ql_glue.hpp":
-            stored = [w.depth if len(stage.inputs) > 1 else 0 for w in stage.inputs]
-            found.setdefault(stage.node, tuple(BASE_DEPTH + words for words in stored))
-    return [found.get(n.name, (BASE_DEPTH,) * len(n.inputs)) for n in graph]
+        if stage.header != "ql_glue.hpp" and len(stage.inputs) > 1:
+            stored[stage.node] = [w.depth + BASE_DEPTH for w in stage.inputs]  # once more, as the bursts of both branches meet here
+    depths = []
+    for node in graph:
+        x = graph.types(node)
+        cost, reads = node.op.cost(x, node.type, foldings[node.name]), _reads(node, x, foldings[node.name])
+        joined = stored.get(node.name, [0] * len(x))
+        depths.append(tuple(BASE_DEPTH + _waiting(p, cost) + words for p, words in zip(reads, joined, strict=True)))
+    return depths
 
 
-def _streams(graph: Graph, node: Node, stage: Stage) -> Cost:
+def _streams(graph: Graph, node: Node, reads: Sequence[Port], depths: Sequence[int]) -> Cost:
     """The converters and FIFOs in front of a node; where it is an output of the network, also those in front of the bus."""
     total = Cost()
     if node.name in graph.outputs:
         width = bus_lanes(node.type) * node.type.bits
         total += Cost(cycles=bus_cycles(node.type)) + converter(width) + fifo(BASE_DEPTH, width)
-    lanes = stage.folding.simd if hasattr(node.op, "weight") else stage.folding.pe
-    for t, depth in zip(graph.types(node), stage.depths, strict=True):
-        total += converter(lanes * t.bits) + fifo(depth, lanes * t.bits)
+    for t, read, depth in zip(graph.types(node), reads, depths, strict=True):
+        total += converter(read.lanes * t.bits) + fifo(depth, read.lanes * t.bits)
     return total
 
 
@@ -415,8 +436,9 @@ def _costs(graph: Graph, schedule: Schedule) -> Iterator[tuple[Cost, Cost]]:
     """For each node its own cost, and that with the streams in front of it."""
     for node in graph:
         stage = schedule[node.name]
-        own = node.op.cost(graph.types(node), node.type, stage.folding)
-        yield own, own + _streams(graph, node, stage)
+        x = graph.types(node)
+        own = node.op.cost(x, node.type, stage.folding)
+        yield own, own + _streams(graph, node, _reads(node, x, stage.folding), stage.depths)
 
 
 def _plan(graph: Graph, device: Part, clock: float, fps: float | None, schedule: Schedule, smallest: str | None) -> Plan:

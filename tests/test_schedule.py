@@ -171,9 +171,9 @@ def test_arithmetic() -> None:
 
 
 def test_cost_adds_resources_and_keeps_the_larger_time() -> None:
-    a, b = Cost(1, 2, 3, 4, 5, 100, 0.25), Cost(10, 20, 30, 40, 50, 7, 0.5)
-    assert a + b == Cost(11, 22, 33, 44, 55, 100, 0.5)
-    assert a.times(3) == Cost(3, 6, 9, 12, 15, 100, 0.25)
+    a, b = Cost(1, 2, 3, 4, 5, 100, 0.25, 0.5), Cost(10, 20, 30, 40, 50, 7, 0.5, 0.125)
+    assert a + b == Cost(11, 22, 33, 44, 55, 100, 0.5, 0.5)
+    assert a.times(3) == Cost(3, 6, 9, 12, 15, 100, 0.25, 0.5)
 
 
 # Foldings and schedules.
@@ -325,7 +325,8 @@ def test_the_short_branch_stores_what_the_long_one_waits_for() -> None:
         schedule = Schedule.of(graph, {n.name: Folding(pe) for n in graph if n.inputs})
         straight, skip = schedule["add1"].depths
         # A 3 x 3 window with padding 1 needs two rows of 8 pixels, 4/pe words each, and may read the third while it writes.
-        assert BASE_DEPTH <= straight <= BASE_DEPTH + 2 and 2 * 8 * 4 // pe < skip <= BASE_DEPTH + 3 * 8 * 4 // pe
+        assert straight == 3 * BASE_DEPTH <= skip
+        assert 2 * 8 * 4 // pe < skip - 2 * BASE_DEPTH <= max(3 * 8 * 4 // pe, BASE_DEPTH)
         assert all(d >= BASE_DEPTH for n in graph for d in schedule[n.name].depths)
 
 
@@ -412,7 +413,7 @@ TIMED = [
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="timed simulation needs a C++ compiler")
 @pytest.mark.parametrize(("name", "seed"), TIMED)
 def test_the_simulated_clock_agrees(name: str, seed: int | None, tmp_path: Path) -> None:
-    """Cycles per image, on FIFOs of the plan's depths, are those of the slowest stage; up to 1 % more where equally slow stages meet.
+    """Cycles per image in steady state, on FIFOs of the plan's depths, are the slowest stage's, or 1 % more where equally slow ones meet.
 
     Latency, which the plan only interpolates, is within a fifth.
     """
@@ -420,10 +421,15 @@ def test_the_simulated_clock_agrees(name: str, seed: int | None, tmp_path: Path)
     plan = estimate(graph) if seed is None else estimate(graph, schedule=Schedule.of(graph, some_folding(graph, seed)))
     project = export(graph, tmp_path / "project", plan=plan)
     t = graph.input.type
-    images = torch.randint(t.levels, (5, *t.shape)) * t.step + t.lo
-    got = project.csim(images, mode="timed", integers=True)
-    want = run(graph, images, integers=True)
-    assert all(torch.equal(got[k], want[k]) for k in want)
-    assert project.last is not None
-    assert plan.cycles <= project.last.cycles <= 1.01 * plan.cycles
-    assert abs(project.last.latency - plan.latency) <= 0.2 * project.last.latency
+    images = torch.randint(t.levels, (12, *t.shape)) * t.step + t.lo
+
+    def last_word(count: int) -> float:
+        got = project.csim(images[:count], mode="timed", integers=True)
+        want = run(graph, images[:count], integers=True)
+        assert all(torch.equal(got[k], want[k]) for k in want)
+        assert project.last is not None
+        assert abs(project.last.latency - plan.latency) <= 0.2 * project.last.latency
+        return project.last.latency + project.last.cycles * (count - 1)
+
+    steady = (last_word(12) - last_word(6)) / 6  # after six images every FIFO has filled as far as it will
+    assert plan.cycles <= steady <= 1.01 * plan.cycles

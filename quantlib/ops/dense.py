@@ -73,7 +73,7 @@ class Dense(Op):
         """A matrix-vector unit of pe x simd products behind a buffer of the input, which every group of outputs reads again."""
         o, k = self.weight.shape
         unit = mac(1, o, k, x[0], words(self, "weight"), y.bits, folding.pe, folding.simd, folding.memory)
-        return unit + memory(k // folding.simd, folding.simd * x[0].bits) + Cost(fill=1.0)
+        return unit + memory(k // folding.simd, folding.simd * x[0].bits) + Cost(fill=1.0, pause=1 - folding.pe / o)
 
     @classmethod
     def examples(cls) -> list[Example]:
