@@ -114,7 +114,8 @@ class Plan:
     total: sum over the rows; what may be used is part.budget(). cycles: per image in steady state, those of the slowest node, `bottleneck`;
     fps = clock / cycles. latency: cycles from the first input word to the last output word of one image.
     missing: resource -> how much of it is lacking ("fps": frames per second, when no legal folding reaches the target); empty when it fits.
-    smallest: the smallest listed part that holds the network at the target (at any speed where none was set), None when none does.
+    smallest: the smallest listed part that holds the network at the target (at any speed where none was set; as it is, where the schedule was
+    given), None when none does.
     """
 
     network: str
@@ -205,7 +206,9 @@ def estimate(
         raise ValueError(f"clock_mhz = {clock} and fps = {fps} must be positive")
     if schedule is not None:
         schedule.check(graph)
-        return _plan(graph, device, clock, fps, schedule, None)
+        plan = _plan(graph, device, clock, fps, schedule, None)
+        holds = [p.name for p in PARTS if all(getattr(plan.total, r) <= p.budget()[r] for r in RESOURCES)]
+        return plan if plan.fits or "fps" in plan.missing or not holds else _plan(graph, device, clock, fps, schedule, holds[0])
     options = [_options(graph, n) for n in graph]
     target = None if fps is None else _cycles_at(clock, fps)
     chosen = _solve(graph, options, device, target)
@@ -215,8 +218,7 @@ def estimate(
     for other in PARTS:
         if all(other.budget()[r] <= device.budget()[r] for r in RESOURCES):
             continue
-        speed = device.clock_mhz if clock_mhz is None else clock_mhz
-        trial = _plan(graph, other, speed, fps, _solve(graph, options, other, target, any_speed=fps is None), None)
+        trial = _plan(graph, other, clock, fps, _solve(graph, options, other, target, any_speed=fps is None), None)
         if trial.fits:
             return _plan(graph, device, clock, fps, chosen, other.name)
     return plan

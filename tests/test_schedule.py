@@ -299,6 +299,9 @@ def test_what_does_not_fit_says_what_is_missing_and_what_would_do() -> None:
         assert v == getattr(plan.total, r) - budget[r] > 0
     assert plan.smallest is not None and estimate(graph, plan.smallest).fits
     assert f"smallest listed part that would do: {plan.smallest}" in str(plan)
+    same = estimate(graph, "xc7z010", schedule=plan.schedule)
+    assert (same.missing, same.total) == (plan.missing, plan.total)
+    assert same.smallest is not None and estimate(graph, same.smallest, schedule=plan.schedule).fits
 
 
 def test_larger_parts_are_never_slower() -> None:
