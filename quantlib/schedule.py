@@ -114,8 +114,8 @@ class Plan:
     total: sum over the rows; what may be used is part.budget(). cycles: per image in steady state, those of the slowest node, `bottleneck`;
     fps = clock / cycles. latency: cycles from the first input word to the last output word of one image.
     missing: resource -> how much of it is lacking ("fps": frames per second, when no legal folding reaches the target); empty when it fits.
-    smallest: the smallest listed part that holds the network at the target (at any speed where none was set; as it is, where the schedule was
-    given), None when none does.
+    smallest: the smallest listed part that holds the network at the target (at any speed where none was set; with the given schedule, where
+    there was one), None when none does.
     """
 
     network: str
