@@ -48,7 +48,7 @@ def grid_of(quantize: Callable[[Tensor], Any], shape: tuple[int, ...], label: st
         .contiguous()
     )
     with torch.no_grad():
-        result = quantize(probe)
+        result, small = quantize(probe), quantize(probe * 1e-12)
     if not isinstance(result, IntQuantTensor):
         raise ConversionError(
             f"{label}: the quantizer returns {type(result).__name__}, not an integer quant tensor; minifloat and MX formats "
@@ -56,6 +56,8 @@ def grid_of(quantize: Callable[[Tensor], Any], shape: tuple[int, ...], label: st
         )
     if not torch.isfinite(result.value).all() or not torch.isfinite(result.scale).all():
         raise ConversionError(f"{label}: the quantizer's scale or output is NaN or infinite; load a sound checkpoint")
+    if not torch.equal(result.scale, small.scale) or not torch.equal(result.zero_point, small.zero_point):
+        raise ConversionError(f"{label}: the quantizer takes its scale from the data it sees; use one with a learned or constant scale")
     scale = result.scale.detach().double().numpy()
     if scale.ndim and scale.size > 1:
         scale = scale.reshape(-1, *[1] * (len(shape) - 1))

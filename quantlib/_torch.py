@@ -27,11 +27,12 @@ add radd iadd sub rsub isub subtract mul rmul imul multiply neg negative div tru
 # monotone in each argument, for fixed other arguments
 _MONOTONE_FUNCTIONS = """
 relu relu6 hardtanh clamp clip clamp_min clamp_max sigmoid tanh hardsigmoid softplus logsigmoid softsign sign round floor ceil
-trunc maximum minimum exp atan erf selu hardshrink softshrink tanhshrink sqrt log
+trunc maximum minimum fmax fmin exp atan erf selu hardshrink softshrink tanhshrink sqrt log
 """.split()
 # elementwise, but every integer has to be run
 _OTHER_FUNCTIONS = """
 threshold leaky_relu prelu elu celu gelu silu mish hardswish abs absolute square pow rsqrt sin cos where lerp addcmul
+gt ge lt le eq ne greater less
 """.split()
 # name -> (monotone, affine)
 ELEMENTWISE = (
@@ -64,6 +65,8 @@ def lower_function(g: Lowering, call: Call, args: tuple[Any, ...], kwargs: dict[
         raise ConversionError(
             f"{g.path}: {call} computes with the batch size; what happens to an image must not depend on the images beside it"
         )
+    if name in ("max", "min") and len(_values((args, kwargs))) == 2:
+        name += "imum"
     if name in ELEMENTWISE:
         return _elementwise_function(g, call, name, args, kwargs)
     if name in REARRANGE:
@@ -90,12 +93,17 @@ def _values(tree: Any) -> list[Value]:
     return found
 
 
+_TRACK = "train with track_running_stats=True and convert the model in eval mode"
+
+
 def _elementwise_function(g: Lowering, call: Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     values = _values((args, kwargs))
     sources = refs((call.args, call.kwargs))
     if name in ("add", "radd", "iadd") and len(values) == 2 and not kwargs:
         return g.sum(*values)
     mono, affine = ELEMENTWISE[name]
+    if name == "batch_norm" and (kwargs.get("training", args[5] if len(args) > 5 else False) or (*args, *[None] * 3)[1] is None):
+        raise ConversionError(f"{g.path}: batch norm on the statistics of the batch depends on the other images; {_TRACK}")
     flag: bool | np.ndarray = mono
     if name in ("div", "truediv", "itruediv", "divide", "true_divide") and (len(values) > 1 or not isinstance(call.args[0], Ref)):
         flag, affine = False, False
@@ -349,6 +357,11 @@ def _constant_weights(g: Lowering, weight: Any) -> tuple[np.ndarray, np.ndarray]
     return codes.astype(np.int64), np.full(w.shape[0], unit)
 
 
+def zeros_like(g: Lowering, x: Value, dtype: Any = None, device: Any = None) -> Value:
+    """Real zeros in the place of x, on x's own grid."""
+    return g.map(torch.zeros_like, x, affine=True, uniform=True)
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max_pool2d": max_pool2d,
     "boolean_dispatch": max_pool2d,  # how F.max_pool2d calls itself
@@ -359,6 +372,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sum": total,
     "amax": amax,
     "pad": pad,
+    "zeros_like": zeros_like,
     "interpolate": interpolate,
     "upsample": interpolate,
     "conv2d": conv2d,
@@ -377,10 +391,9 @@ _MONOTONE = (
     nn.Softplus,
     nn.LogSigmoid,
     nn.Softsign,
-    nn.Threshold,
     nn.SELU,
 )
-_OTHER = (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.CELU, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink)
+_OTHER = (nn.Threshold, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.CELU, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink)
 _PASS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _MOVES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 
@@ -390,6 +403,8 @@ def lower_module(g: Lowering, m: Any, x: Value) -> Value:
     if isinstance(m, _PASS):
         return x
     if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+        if m.running_mean is None or m.running_var is None:
+            raise ConversionError(f"{g.path}: batch norm without running statistics depends on the other images of the batch; {_TRACK}")
         return g.map(m, x, affine=True)
     if isinstance(m, nn.PReLU):
         return g.map(m, x, monotone=per_channel_flag(m.weight >= 0), uniform=m.weight.numel() == 1)

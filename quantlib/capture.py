@@ -291,6 +291,11 @@ def _flatten(tree: Any) -> Iterator[Any]:
     return iter(found)
 
 
+def _same(a: Any, b: Any) -> bool:
+    x, y = ([_brevitas.value_of(t) for t in _flatten(v)] for v in (a, b))
+    return len(x) == len(y) and all(torch.equal(i, j) for i, j in zip(x, y, strict=True) if isinstance(i, Tensor))
+
+
 @contextmanager
 def _leaf_calls(recorder: _Recorder) -> Iterator[None]:
     """While recording, calls of leaf modules go through the recorder as one call each."""
@@ -300,7 +305,17 @@ def _leaf_calls(recorder: _Recorder) -> Iterator[None]:
         if recorder.inside or not is_leaf(module):
             return original(module, *args, **kwargs)
         path = recorder.paths.get(id(module), "")
-        return recorder.capture(module, args, kwargs, lambda: original(module, *args, **kwargs), path)
+
+        def run() -> Any:
+            result = original(module, *args, **kwargs)
+            if (module._forward_hooks or module._forward_pre_hooks) and not _same(result, module.forward(*args, **kwargs)):
+                raise CaptureError(
+                    f"{path or 'the model'} ({type(module).__name__}): a forward hook changes what the layer computes, and a hook "
+                    f"cannot be lowered; write it as a step of the model, or remove it before converting"
+                )
+            return result
+
+        return recorder.capture(module, args, kwargs, run, path)
 
     nn.Module.__call__ = call  # type: ignore[method-assign, assignment]
     try:
@@ -345,7 +360,12 @@ def _merge(a: Any, b: Any, sizes: tuple[int, int], where: str) -> Any:
                 return Batch(a // sizes[0])
             raise CaptureError(f"{where}: a size of {a} at batch {sizes[0]} and {b} at batch {sizes[1]} is no multiple of the batch size")
         if isinstance(a, Tensor):
-            if a.shape != b.shape or not torch.equal(a, b):
+            if a.shape != b.shape:
+                raise CaptureError(
+                    f"{where}: a constant tensor has as many rows as the batch; write F.pad or torch.zeros_like(x), or a constant "
+                    f"that broadcasts"
+                )
+            if not torch.equal(a, b):
                 raise CaptureError(
                     f"{where}: a constant tensor differs between two runs of the model (random numbers, or data used through numpy)"
                 )
@@ -355,6 +375,13 @@ def _merge(a: Any, b: Any, sizes: tuple[int, int], where: str) -> Any:
     raise CaptureError(
         f"{where}: the two recordings differ ({a!r} and {b!r}); the model's control flow depends on the batch size or on data"
     )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside torch.compile and DataParallel."""
+    while isinstance(getattr(model, "_orig_mod", None), nn.Module) or isinstance(model, nn.DataParallel):
+        model = model.module if isinstance(model, nn.DataParallel) else model._orig_mod  # type: ignore[assignment, union-attr]
+    return model
 
 
 def float64_copy(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib import _brevitas, _torch, ops, passes, tails
-from quantlib.capture import Call, CaptureError, Record, Ref, capture, walk
+from quantlib.capture import Call, CaptureError, Record, Ref, capture, unwrapped, walk
 from quantlib.ir import Decode, Front, Graph, GraphError, Grid, IntType, Node
 from quantlib.tails import ConversionError, Edge, Map, Move, RealInput, Value
 
@@ -184,6 +184,9 @@ class Lowering:
             if np.array_equal(np.rint(codes), np.broadcast_to(n[:, None], codes.shape)):
                 return self.add(ops.Reshape(leaf.shape), leaf, scale=scale)
             low, high = int(np.rint(codes.min())), int(np.rint(codes.max()))
+            if low == high:  # a constant, such as the zeros of a padded shortcut
+                constant = ops.Requant(mul=np.zeros(1, dtype=np.int64), add=np.array([low]), shift=0, lo=low, hi=low)
+                return self.add(constant, leaf, scale=scale)
             return tails.settle(self, x, Grid(low, high, self._fit_scale(scale, x.shape)))
         return None
 
@@ -580,6 +583,7 @@ def lower(model: nn.Module, input_shape: tuple[int, ...], input: Grid | None = N
         raise ConversionError(f"input_shape is (C, H, W) or (features,) without the batch axis, got {tuple(input_shape)}")
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert takes a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     if input is not None and not isinstance(input, Grid):
         raise ConversionError(f"input is a ql.Grid(lo, hi, scale), got {type(input).__name__}")
     grid = input if input is not None else own_grid(model)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib import evaluator, ops, tails
-from quantlib.capture import CaptureError, values_of
+from quantlib.capture import CaptureError, unwrapped, values_of
 from quantlib.ir import Graph, Grid
 from quantlib.lowering import Conversion, lower, own_grid
 
@@ -187,6 +187,7 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     """
     t = graph.input.type
     stated = graph.front is not None or own_grid(model) is not None
+    model = unwrapped(model)
     conversion = lower(model, t.shape, None if stated else Grid(t.lo, t.hi, t.scale, t.step))
     _same_meaning(graph, conversion.graph)
     codes = evaluator.encode(graph, x).cpu()

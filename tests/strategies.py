@@ -41,7 +41,7 @@ def settle(model: nn.Module, sample: Any, steps: int = 3, seed: int = 0) -> nn.M
         for _ in range(steps):
             model(sample(random))
         for m in model.modules():
-            if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) and m.track_running_stats:
                 c = m.num_features
                 m.running_mean.copy_(m.running_mean + 0.3 * torch.randn(c, generator=random))
                 m.running_var.copy_(m.running_var * (0.5 + torch.rand(c, generator=random)))

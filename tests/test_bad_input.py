@@ -216,6 +216,56 @@ def test_what_a_record_cannot_hold(function: object, words: list[str]) -> None:
     refused(Body(function), SHAPE, *words)
 
 
+# ---------------------------------------------------------------- what depends on the other images, or on the data
+
+
+def test_batch_norm_on_the_statistics_of_the_batch() -> None:
+    refused(Body(nn.BatchNorm2d(4, track_running_stats=False)), SHAPE, "^step", "running statistics", "track_running_stats")
+    refused(Body(lambda x: F.batch_norm(x, None, None, training=True)), SHAPE, "batch_norm", "other images")
+    refused(Body(lambda x: F.batch_norm(x, torch.zeros(4).to(x), torch.ones(4).to(x), None, None, True)), SHAPE, "other images|in place|record")
+
+
+def test_a_quantizer_whose_scale_comes_from_the_data() -> None:
+    from brevitas_examples.common.generative.quantizers import Int8DynamicActPerTensorFloat
+
+    refused(Body(qnn.QuantIdentity(act_quant=Int8DynamicActPerTensorFloat)), SHAPE, "^step", "from the data", "learned or constant")
+
+
+def test_minifloat_quantizers() -> None:
+    from brevitas.quant.experimental.float import Fp8e4m3ActPerTensorFloat
+
+    refused(Body(qnn.QuantIdentity(act_quant=Fp8e4m3ActPerTensorFloat)), SHAPE, "^step", "FloatQuantTensor", "minifloat")
+
+
+def test_hooks_that_change_a_layer() -> None:
+    for register, hook in (("register_forward_hook", lambda m, a, y: y * 2), ("register_forward_pre_hook", lambda m, a: (a[0] * 2,))):
+        model = Body(nn.ReLU())
+        getattr(model.c, register)(hook)
+        refused(model, SHAPE, "^c ", "hook", "step of the model")
+
+
+def test_constants_that_change_inside_a_channel() -> None:
+    for shape in ((1, 4, 6, 6), (6,), (6, 1)):
+        refused(Body(lambda x, p=torch.randn(shape): x + p.to(x)), SHAPE, "inside a channel", "per-channel")
+
+
+def test_a_constant_with_the_rows_of_the_batch() -> None:
+    refused(Body(lambda x: x + torch.zeros(x.shape[0], 4, 6, 6, dtype=x.dtype)), SHAPE, "as many rows as the batch", "broadcasts")
+
+
+def test_a_padded_average_of_shifted_values() -> None:
+    """The zeros of the padding are real zeros; the accumulator's integers cannot say so once an offset was added."""
+    refused(Body(lambda x: F.avg_pool2d(x + 0.5, 3, 1, 1)), SHAPE, "zero padding", "without padding")
+
+
+def test_an_average_of_the_real_input() -> None:
+    refused(nn.Sequential(nn.AvgPool2d(2), identity(), conv(3, 2)), SHAPE, "^0", "real input", "quantizer")
+
+
+def test_linear_layers_on_maps() -> None:
+    refused(nn.Sequential(identity(), qnn.QuantLinear(6, 3, bias=True)), SHAPE, "^1", "flatten")
+
+
 # ---------------------------------------------------------------- numbers
 
 

@@ -1069,6 +1069,164 @@ def eight_bit_activations() -> nn.Module:
     )
 
 
+# ---------------------------------------------------------------- found by looking for trouble
+
+
+def step(run: Callable[..., object], bits: int = 4, weight_bits: int = 3, **parts: object) -> nn.Module:
+    """identity - conv - run - identity - conv."""
+    chain = {"i": identity(bits), "c": conv(4, 4, bits=weight_bits), "q": identity(4), "d": conv(4, 2)}
+    return Net(lambda m, x: m.d(m.q(run(m, m.c(m.i(x))))), **{**chain, **parts})
+
+
+@network(4, 6, 6)
+def padded_average_pool_of_shifted_values() -> nn.Module:
+    """The zeros around the map stand for real 0, not for the accumulator's: only without an offset does the pool come first."""
+    return step(lambda m, x: F.avg_pool2d(x * m.g, 3, 1, 1), g=nn.Parameter(torch.tensor([0.5, -1.5, 2.0, 1.0]).reshape(4, 1, 1)))
+
+
+@network(4, 6, 6)
+def comparisons() -> nn.Module:
+    return step(lambda m, x: torch.where(x > 0, x, 0.1 * x) + 0.2 * (x >= m.t) * x, t=nn.Parameter(torch.tensor(0.3)))
+
+
+@network(4, 6, 6)
+def largest_of_two() -> nn.Module:
+    one, two = nn.Sequential(conv(4, 4), relu(4)), nn.Sequential(conv(4, 4), identity(3))
+    return Net(lambda m, x: (lambda z: m.d(m.q(torch.max(m.a(z).value, m.b(z).value))))(m.i(x)), i=identity(), a=one, b=two, q=identity(5), d=conv(4, 2))
+
+
+@network(4, 6, 6)
+def smallest_of_accumulator_and_code() -> nn.Module:
+    two = nn.Sequential(conv(4, 4), identity(3))
+    return Net(lambda m, x: (lambda z: m.d(m.q(torch.minimum(m.a(z), m.b(z).value))))(m.i(x)), i=identity(), a=conv(4, 4), b=two, q=identity(5), d=conv(4, 2))
+
+
+@network(4, 6, 6)
+def zeros_concatenated() -> nn.Module:
+    run = lambda m, x: (lambda z: m.d(torch.cat([z, torch.zeros_like(z), z * 0], 1)))(m.r(m.c(m.i(x))).value)  # noqa: E731
+    return Net(run, i=identity(), c=conv(4, 4), r=relu(), d=conv(12, 2))
+
+
+@network(4, 6, 6)
+def a_value_used_a_million_times() -> nn.Module:
+    """Every line doubles the number of paths from the accumulator to the quantizer."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        for _ in range(24):
+            x = (x + torch.relu(x)) * 0.6
+        return x
+
+    return step(run)
+
+
+@network(4, 6, 6)
+def pools_and_pads_on_the_real_input() -> nn.Module:
+    return nn.Sequential(nn.MaxPool2d(2), nn.ZeroPad2d(1), identity(), conv(4, 2))
+
+
+@network(6, 6, 3)
+def channels_last_images() -> nn.Module:
+    return Net(lambda m, x: m.c(m.i(x.permute(0, 3, 1, 2))), i=identity(), c=conv(3, 2))
+
+
+@network(3, 6, 6, input=ql.Grid(0, 255, 1.0))
+def division_by_255() -> nn.Module:
+    mean = nn.Parameter(torch.rand(1, 3, 1, 1))
+    return Net(lambda m, x: m.c(m.i((x / 255.0 - m.mean) / 0.25)), i=identity(), c=conv(3, 2), mean=mean)
+
+
+@network(4, 6, 6)
+def grouped_convolution_of_a_concat() -> nn.Module:
+    """Two scales, each feeding its own group."""
+    run = lambda m, x: (lambda z: m.d(torch.cat([m.p(m.a(z)).value, m.q(m.b(z)).value], 1)))(m.i(x))  # noqa: E731
+    return Net(run, i=identity(), a=conv(4, 4), b=conv(4, 4), p=relu(3), q=relu(5), d=conv(8, 4, groups=2))
+
+
+@network(4, 6, 6, ties=True)
+def sign_as_a_function() -> nn.Module:
+    return Net(lambda m, x: m.d(torch.sign(m.c(m.i(x)))), i=identity(4), c=conv(4, 4, bits=3), d=conv(4, 2))
+
+
+@network(3, 6, 6, input=ql.Grid(10, 20, 0.1))
+def images_above_zero() -> nn.Module:
+    return nn.Sequential(nn.AvgPool2d(3, 1, 1), conv(3, 4), bn(4), relu(), conv(4, 2))
+
+
+@network(3, 6, 6, input=ql.Grid(-20, -10, 0.1))
+def images_below_zero() -> nn.Module:
+    return nn.Sequential(nn.ZeroPad2d(1), conv(3, 4), nn.MaxPool2d(3, 2, 1), bn(4), relu(), conv(4, 2))
+
+
+@network(3, 6, 6, input=ql.Grid(0, 15, [[[0.1]], [[0.2]], [[0.3]]]))
+def images_with_a_scale_per_channel() -> nn.Module:
+    return nn.Sequential(conv(3, 3, groups=3), bn(3), relu(), conv(3, 2))
+
+
+@network(4, 6, 6)
+def names_that_are_no_identifiers() -> nn.Module:
+    layers = {"3x3 conv": conv(4, 4), "a-b": relu(), "a_b": conv(4, 4), "int": relu(3), "for": conv(4, 4), "a+b": relu(3), "\u00e4": conv(4, 2)}
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        x = m.input(x)
+        for layer in m.network.values():
+            x = layer(x)
+        return x
+
+    return Net(run, input=identity(), network=nn.ModuleDict(layers))
+
+
+@network(4, 6, 6)
+def a_single_layer() -> nn.Module:
+    return qnn.QuantIdentity(bit_width=4)
+
+
+@network(4, 6, 6)
+def disabled_quantizers() -> nn.Module:
+    off = lambda kind: kind(act_quant=None)  # noqa: E731
+    return nn.Sequential(identity(), conv(4, 4), off(qnn.QuantReLU), identity(4), off(qnn.QuantIdentity), conv(4, 2))
+
+
+@network(4, 6, 6)
+def stacked_and_interleaved() -> nn.Module:
+    run = lambda m, x: (lambda z: m.d(torch.stack([m.q(m.a(z)).value, m.q(m.b(z)).value], 2).flatten(1, 2)))(m.i(x))  # noqa: E731
+    return Net(run, i=identity(), a=conv(4, 3), b=conv(4, 3), q=relu(3), d=conv(6, 2))
+
+
+@network(4, 6, 6)
+def all_zero_weights() -> nn.Module:
+    model = nn.Sequential(identity(4), conv(4, 4), bn(4), relu(), conv(4, 2))
+    with torch.no_grad():
+        model[1].weight[1:3] = 0
+        model[4].weight.zero_()
+    return model
+
+
+@network(4, 6, 6)
+def parametrized_weights() -> nn.Module:
+    return nn.Sequential(identity(), nn.utils.parametrizations.weight_norm(conv(4, 4)), relu(), conv(4, 2))
+
+
+@network(4, 6, 6)
+def hooks_that_only_look() -> nn.Module:
+    model = nn.Sequential(identity(), conv(4, 4), relu(), conv(4, 2))
+    model[1].register_forward_hook(lambda m, args, y: None)
+    return model
+
+
+@network(4, 6, 6)
+def one_by_one() -> nn.Module:
+    return nn.Sequential(identity(), conv(4, 1), relu(1), nn.AdaptiveMaxPool2d(1), nn.Flatten(), linear(1, 1), relu(3), linear(1, 2))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["DataParallel", "compile"])
+def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = NETWORKS["conv_bn_relu"]
+    model = settle(net.make(), lambda r: net.images(8, r))
+    plain, wrapped = ql.convert(model, net.shape), ql.convert(wrap(model), net.shape)
+    assert str(plain) == str(wrapped)
+    assert ql.verify(wrap(model), wrapped, net.images(4, torch.Generator().manual_seed(0))).ok
+
+
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_network_is_exact(name: str) -> None:
     net = NETWORKS[name]

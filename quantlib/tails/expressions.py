@@ -66,8 +66,8 @@ class Move:
     """A pool or rearrangement met before the quantizer: it moves behind the quantizer, or in front of the elementwise steps, where
     that is exact.
 
-    apply makes the integer op(s). kind: "move" only rearranges elements, "max" is max pooling, "mean" average pooling, "pad" adds
-    zeros. index: for "move", the flat position in the concatenated arguments of every output element (-1 is a zero of "pad").
+    apply makes the integer op(s). kind: "move" only rearranges elements, "max" is max pooling, "mean" average pooling, "padded mean" the
+    same with zeros around, "pad" adds zeros. index: for "move", the flat position in the concatenated arguments of every output element.
     """
 
     kind: str
@@ -81,16 +81,32 @@ class Move:
 Value = Edge | RealInput | Map | Move
 
 
+def maps(value: Value) -> list[Map]:
+    """Every distinct Map of an elementwise expression, each once however often it is used; Moves are not entered."""
+    found: dict[int, Map] = {}
+
+    def visit(v: Value) -> None:
+        if isinstance(v, Map) and id(v) not in found:
+            found[id(v)] = v
+            for a in v.args:
+                visit(a)
+
+    visit(value)
+    return list(found.values())
+
+
 def frontier(value: Value) -> list[Edge | RealInput | Move]:
     """The leaves of an elementwise expression: edges, the real input, and Moves, each once."""
     found: dict[object, Any] = {}
+    seen: set[int] = set()
 
     def visit(v: Value) -> None:
-        if isinstance(v, Map):
+        if not isinstance(v, Map):
+            found.setdefault(leaf_key(v), v)
+        elif id(v) not in seen:
+            seen.add(id(v))
             for a in v.args:
                 visit(a)
-        else:
-            found.setdefault(v.name if isinstance(v, Edge) else id(v), v)
 
     visit(value)
     return list(found.values())
@@ -119,23 +135,28 @@ def evaluate(value: Value, env: Mapping[object, Tensor], before: bool = False) -
 
 def occurrences(value: Value, leaf: Value) -> int:
     """On how many paths the leaf enters the expression."""
-    if not isinstance(value, Map):
-        return int(leaf_key(value) == leaf_key(leaf))
-    return sum(occurrences(a, leaf) for a in value.args)
+    memo: dict[int, int] = {}
+
+    def count(v: Value) -> int:
+        if not isinstance(v, Map):
+            return int(leaf_key(v) == leaf_key(leaf))
+        if id(v) not in memo:
+            memo[id(v)] = sum(count(a) for a in v.args)
+        return memo[id(v)]
+
+    return count(value)
 
 
 def monotone(value: Value) -> bool | np.ndarray:
-    if not isinstance(value, Map):
-        return True
-    result: bool | np.ndarray = value.monotone
-    for a in value.args:
-        result = np.logical_and(result, monotone(a))
+    result: bool | np.ndarray = True
+    for m in maps(value):
+        result = np.logical_and(result, m.monotone)
     return result
 
 
 def every(value: Value, attribute: str) -> bool:
     """Whether all Maps of an elementwise expression have the attribute (affine, uniform)."""
-    return not isinstance(value, Map) or (getattr(value, attribute) and all(every(a, attribute) for a in value.args))
+    return all(getattr(m, attribute) for m in maps(value))
 
 
 def layout(shape: tuple[int, ...], channels: np.ndarray) -> Tensor:

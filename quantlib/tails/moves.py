@@ -58,7 +58,7 @@ def settle(g: Lowering, value: Value, grid: Grid) -> Edge:
 
 def _spatial(move: Move) -> bool:
     """Whether a Move keeps every channel in its place."""
-    if move.kind in ("max", "mean", "pad"):
+    if move.kind in ("max", "mean", "padded mean", "pad"):
         return True
     channels = channel_map(move)
     return (
@@ -71,7 +71,7 @@ def _spatial(move: Move) -> bool:
 
 def _commutes(value: Map, move: Move, grid: Grid) -> bool:
     """Whether quantizing first and moving then gives the same integers."""
-    if move.kind == "mean":
+    if move.kind.endswith("mean"):
         return False
     uniform = every(value, "uniform") and np.asarray(grid.scale).size == 1
     if move.kind == "move":
@@ -133,9 +133,15 @@ def pull(g: Lowering, move: Move) -> Value:
         return _pull_move(g, move, args, edges)
     if not isinstance(f, Map):
         return move.apply(g, edge)
-    if move.kind == "mean":
-        if every(f, "affine") and not getattr(move.apply, "padded", False):
+    if move.kind.endswith("mean"):
+        zero = evaluate(f, {edge.name: layout(edge.shape, np.zeros((1, edge.shape[0])))})
+        if every(f, "affine") and (move.kind == "mean" or bool((zero == 0).all())):
             return substitute(f, edge, move.apply(g, edge))
+        if every(f, "affine"):
+            raise ConversionError(
+                f"{move.label}: an average whose zero padding stands beside values that {f.label} has shifted; pool without padding, "
+                "quantize before the pooling, or pad with F.pad behind the quantizer"
+            )
         raise ConversionError(
             f"{move.label}: an average of real values that went through {f.label} has no integers; put a quantizer in front of the pooling "
             "(QuantIdentity, QuantReLU, a SharedHardTanh or FixedPoint), or pool before the nonlinearity"
