@@ -149,6 +149,21 @@ def unpad_tiles(name: str, values: np.ndarray) -> np.ndarray:
     return flat[: prod(shape)].reshape(shape)
 
 
+def image_words(pixels: np.ndarray) -> np.ndarray:
+    """Images as the accelerator reads them, `uint64 image[3][32][32]`: uint8 (N, 32, 32, 3) -> uint64 (N, 3, 32, 32).
+
+    One word per pixel and colour, thermometer bit b of 32 in bit 63 - b, 1 for +1. ValueError for anything but uint8 in that order.
+    """
+    from quantlib.layers import ThermometerEncoder
+
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (32, 32, 3):
+        raise ValueError(f"the accelerator takes uint8 images (N, 32, 32, 3), got {pixels.dtype} {pixels.shape}")
+    bits = ThermometerEncoder(8)(torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))).numpy() > 0
+    places = np.arange(WORD_BITS - 1, WORD_BITS - 33, -1, dtype=np.uint64).reshape(-1, 1, 1)
+    return (bits.reshape(-1, COLOURS, 32, 32, 32).astype(np.uint64) << places).sum(2, dtype=np.uint64)
+
+
 # ---------------------------------------------------------------- writing
 
 

@@ -1,6 +1,7 @@
 """The accelerator's headers: exact round trips, an accelerator that runs on the packed words, and text that must be refused."""
 
 import re
+import runpy
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 import zoo
 from quantlib.io.c_arrays import parse
 from quantlib.io.checkpoints import CheckpointError
-from quantlib.io.fracbnn_header import FLOATS, PARAMETERS, SHAPES, WORDS, _c_array, arrays_of, read, unpack_words, write
+from quantlib.io.fracbnn_header import FLOATS, PARAMETERS, SHAPES, WORDS, _c_array, arrays_of, image_words, read, unpack_words, write
 from zoo.fracbnn import GRID
 
 
@@ -140,6 +141,11 @@ class Accelerator:
         places = (63 - np.arange(len(bits), dtype=np.uint64))[:, None, None]
         return (bits.astype(np.uint64) << places).sum(0, dtype=np.uint64)
 
+    def colours(self, image):
+        """(32, 32, 3) pixels -> (3, 32, 32) words of thermometer bits."""
+        level = np.rint(image.transpose(2, 0, 1) / 8).astype(np.int64)
+        return np.stack([self.packed(np.arange(32)[:, None, None] < plane) for plane in level])
+
     def half_block(self, x, shortcut, prefix, k, channels, stride):
         code = np.clip(((x + 128) * 3 + 128) >> 8, 0, 3)
         planes, start, tiles = [self.packed(code >> 1), self.packed(code & 1)], self.next, []
@@ -159,9 +165,7 @@ class Accelerator:
 
     def __call__(self, image):
         self.next = 0
-        level = np.rint(image.transpose(2, 0, 1) / 8).astype(np.int64)
-        colours = [self.packed(np.arange(32)[:, None, None] < plane) for plane in level]
-        n = self.tile(colours, 32)
+        n = self.tile(self.colours(image), 32)
         x = self.r(self.p("bn1_weight", 16) * n + self.p("bn1_bias", 16), 1)
         for layer, channels in enumerate((16, 32, 64), 1):
             for block in range(3):
@@ -194,6 +198,17 @@ def test_an_accelerator_on_a_retrained_network_gives_the_model_s_logits(tmp_path
     with torch.no_grad():
         expected = model(torch.from_numpy(image.transpose(2, 0, 1).copy())[None])[0].numpy()
     assert np.array_equal(Accelerator((tmp_path / WORDS).read_text(), (tmp_path / PARAMETERS).read_text())(image), expected)
+
+
+def test_images_are_packed_as_the_accelerator_reads_them(headers):
+    run = Accelerator((headers / WORDS).read_text(), (headers / PARAMETERS).read_text())
+    pixels = np.arange(2 * 32 * 32 * 3, dtype=np.int64).reshape(2, 32, 32, 3).astype(np.uint8)  # every pixel value in every colour
+    words = image_words(pixels)
+    assert words.shape == (2, 3, 32, 32) and words.dtype == np.uint64
+    assert np.array_equal(words, np.stack([run.colours(image) for image in pixels]))
+    for wrong in (pixels.astype(np.float32), pixels[0], pixels.transpose(0, 3, 1, 2)):
+        with pytest.raises(ValueError, match=r"takes uint8 images \(N, 32, 32, 3\), got"):
+            image_words(wrong)
 
 
 # ---------------------------------------------------------------- what no accelerator holds
@@ -315,3 +330,25 @@ def test_files_without_arrays_and_without_text(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=part):
             read(path)
+
+
+# ---------------------------------------------------------------- the tutorial
+
+
+def test_the_tutorial_runs_as_it_is_written(published, root, tmp_path, monkeypatch, capsys):
+    from safetensors.torch import save_file
+
+    page = (root / "docs" / "tutorials" / "fracbnn_accelerator.md").read_text(encoding="utf-8")
+    save_file(zoo.load(zoo.get("fracbnn_cifar10"), published).state_dict(), tmp_path / "weights.safetensors")
+    np.save(tmp_path / "images.npy", np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tutorial.py").write_text("".join(re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)), encoding="utf-8")
+    runpy.run_path(str(tmp_path / "tutorial.py"))
+    assert sorted(p.name for p in (tmp_path / "xcel-cifar10" / "source").iterdir()) == sorted([FLOATS, WORDS, PARAMETERS])
+    (shown,) = re.findall(r"^```text\n(.*?)^```", page, re.S | re.M)
+    printed = capsys.readouterr().out
+    tables = [[re.findall(r"(?<= )[\d,.]+(?= |$)", line) for line in text.splitlines() if "frames/s" in line] for text in (shown, printed)]
+    assert len(tables[0]) == len(tables[1]) == 4 and all(len(row) == 4 for table in tables for row in table)
+    for ours, theirs in zip(*tables, strict=True):
+        for a, b in zip(ours, theirs, strict=True):  # cost formulas are recalibrated now and then
+            assert float(b.replace(",", "")) == pytest.approx(float(a.replace(",", "")), rel=0.25)
