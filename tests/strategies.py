@@ -1,4 +1,4 @@
-"""Helpers for tests of conversion: settle a small network's quantizers and statistics, and demand that its integer network is exact."""
+"""What the tests of conversion share: settling a small network, demanding that its integer network is exact, drawing random networks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ from quantlib.verification import Check
 
 
 def settle(model: nn.Module, sample: Any, steps: int = 3, seed: int = 0) -> nn.Module:
-    """Run a few training batches (activation scales take their statistics), then give every batch norm odd statistics: a third of the gammas negative, one zero."""
+    """Run a few training batches (activation scales take their statistics), then give every batch norm odd statistics: a third of the
+    gammas negative, one zero.
+    """
     random = torch.Generator().manual_seed(seed)
     model.train()
     with torch.no_grad():
@@ -73,8 +75,8 @@ def float64_output(model: nn.Module, x: Tensor) -> list[Tensor]:
 def assert_exact(model: nn.Module, graph: ql.Graph, x: Tensor, ties: bool | None = False) -> Check:
     """The integer network equals the model on real images x: every code, the output, at several batch sizes.
 
-    ties=False: the plain float64 model agrees in every code as well. Networks with structural ties (True) are only compared with the snapped replay;
-    with None the outputs are compared where plain float64 happened to agree.
+    ties=False: the plain float64 model agrees in every code as well. Networks with structural ties (True) are only compared with the
+    snapped replay; with None the outputs are compared where plain float64 happened to agree.
     """
     check = ql.verify(model, graph, x)
     assert check.ok, str(check)
@@ -159,8 +161,48 @@ class Spec:
         return (n.double() * float(self.grid.scale)).float()
 
 
-KINDS = ("conv", "conv", "depthwise", "pool", "trunc", "shared", "scales", "accumulator", "product", "concat", "split", "shift", "gate", "move", "requant")
-TAILS = ("bn", "bn", "bn", "relu", "prelu", "negative", "leaky", "hardtanh", "gain", "offset", "flip", "max", "avg", "shuffle", "turn", "dropout")
+KINDS = (
+    "conv",
+    "conv",
+    "depthwise",
+    "pool",
+    "trunc",
+    "shared",
+    "scales",
+    "accumulator",
+    "product",
+    "concat",
+    "split",
+    "shift",
+    "gate",
+    "move",
+    "requant",
+    "channels",
+    "option",
+)
+TAILS = (
+    "bn",
+    "bn",
+    "bn",
+    "relu",
+    "prelu",
+    "negative",
+    "leaky",
+    "hardtanh",
+    "gain",
+    "offset",
+    "flip",
+    "max",
+    "avg",
+    "padded",
+    "pad",
+    "crop",
+    "shuffle",
+    "turn",
+    "mask",
+    "abs",
+    "dropout",
+)
 ACTS = ("relu", "relu", "identity", "hardtanh", "bipolar", "fixed", "fixed relu", "common", "sigmoid")
 WEIGHTS = ("tensor", "channel", "fixed", "binary", "ternary", "shifted")
 HEADS = ("linear", "global", "conv", "accumulator", "mean", "codes", "two")
@@ -170,14 +212,28 @@ FRONTS = ("8", "6", "3", "fixed", "arithmetic", "uint8", "int4", "odd")
 def specs() -> st.SearchStrategy[Spec]:
     block = st.builds(
         Block,
-        kind=st.sampled_from(KINDS), channels=st.integers(1, 9), kernel=st.integers(1, 3), stride=st.integers(1, 2), groups=st.integers(0, 5),
-        bits=st.integers(1, 8), weight=st.sampled_from(WEIGHTS), weight_bits=st.integers(2, 8),
-        tail=st.lists(st.sampled_from(TAILS), max_size=4).map(tuple), act=st.sampled_from(ACTS), bias=st.booleans(),
-    )  # fmt: skip
+        kind=st.sampled_from(KINDS),
+        channels=st.integers(1, 9),
+        kernel=st.integers(1, 3),
+        stride=st.integers(1, 2),
+        groups=st.integers(0, 5),
+        bits=st.integers(1, 8),
+        weight=st.sampled_from(WEIGHTS),
+        weight_bits=st.integers(2, 8),
+        tail=st.lists(st.sampled_from(TAILS), max_size=4).map(tuple),
+        act=st.sampled_from(ACTS),
+        bias=st.booleans(),
+    )
     return st.builds(
-        Spec, channels=st.integers(1, 4), size=st.integers(4, 9), extra=st.integers(0, 2), front=st.sampled_from(FRONTS),
-        blocks=st.lists(block, min_size=2, max_size=6).map(tuple), head=st.sampled_from(HEADS), seed=st.integers(0, 1 << 20),
-    )  # fmt: skip
+        Spec,
+        channels=st.integers(1, 4),
+        size=st.integers(4, 9),
+        extra=st.integers(0, 2),
+        front=st.sampled_from(FRONTS),
+        blocks=st.lists(block, min_size=2, max_size=6).map(tuple),
+        head=st.sampled_from(HEADS),
+        seed=st.integers(0, 1 << 20),
+    )
 
 
 def value(x: Any) -> Tensor:
@@ -268,9 +324,21 @@ class Builder:
                 steps.append(Call(lambda m, x: value(x).flip(-1)))
             elif name == "dropout":
                 steps.append(nn.Dropout(0.1))
+            elif name == "mask":
+                steps.append(Call(lambda m, x: value(x) * (value(x) > -0.3)))
+            elif name == "abs":
+                steps.append(Call(lambda m, x: value(x).abs()))
+            elif name == "padded":
+                steps.append(nn.AvgPool2d(3, 1, 1))
+            elif name == "pad" and pools:
+                steps.append(nn.ZeroPad2d((1, 0, 0, 1)))
+                self.h, self.w = self.h + 1, self.w + 1
+            elif name == "crop" and pools and min(self.h, self.w) >= 3:
+                steps.append(Call(lambda m, x: value(x)[:, :, 1:, :-1]))
+                self.h, self.w = self.h - 1, self.w - 1
             elif name == "shuffle":
-                steps.append(Call(lambda m, x, g=divisor(c, b.groups): shuffled(value(x), g)))
-            elif pools and min(self.h, self.w) >= 2:
+                steps.append(Call(lambda m, x: shuffled(value(x), m.groups), groups=divisor(c, b.groups)))
+            elif name in ("max", "avg") and pools and min(self.h, self.w) >= 2:
                 pool = nn.MaxPool2d(3, 2, 1) if name == "max" else nn.AvgPool2d(2)
                 steps.append(pool)
                 self.h, self.w = ((self.h + 1) // 2, (self.w + 1) // 2) if name == "max" else (self.h // 2, self.w // 2)
@@ -298,7 +366,14 @@ class Builder:
         if b.kind == "pool":
             if min(self.h, self.w) < 3:
                 return nn.Identity()
-            pool = (nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(3, 2, ceil_mode=True))[b.groups]
+            pool = (
+                nn.MaxPool2d(2),
+                nn.AvgPool2d(2),
+                nn.MaxPool2d(3, 1, 1),
+                nn.AvgPool2d(3, 1, 1),
+                nn.AdaptiveAvgPool2d(1),
+                nn.MaxPool2d(3, 2, ceil_mode=True),
+            )[b.groups]
             run = lambda m, x: m.p(value(x))  # noqa: E731
             if b.groups in (0, 1):
                 self.h, self.w = self.h // 2, self.w // 2
@@ -314,17 +389,23 @@ class Builder:
             mode = "ROUND" if b.bias else "FLOOR"
             return nn.Sequential(
                 activation(b.act if b.act not in ("bipolar", "common") else "relu", max(b.bits, 2)),
-                qnn.TruncAvgPool2d(2, trunc_quant=TruncTo8bit, bit_width=max(b.bits, 2), float_to_int_impl_type=mode, return_quant_tensor=True),
+                qnn.TruncAvgPool2d(
+                    2, trunc_quant=TruncTo8bit, bit_width=max(b.bits, 2), float_to_int_impl_type=mode, return_quant_tensor=True
+                ),
             )
         if b.kind == "shared":
             q = act()
             return Call(lambda m, x: m.out(m.q(x) + m.q(m.b(m.q(x)))), q=q, b=self.body(b, c), out=activation("relu", max(b.bits, 2)))
         if b.kind == "scales":
-            return Call(lambda m, x: m.out(value(m.p(x)) + value(m.q(m.b(x)))), p=activation("identity", 4), q=narrow, b=self.body(b, c), out=act())
+            return Call(
+                lambda m, x: m.out(value(m.p(x)) + value(m.q(m.b(x)))), p=activation("identity", 4), q=narrow, b=self.body(b, c), out=act()
+            )
         if b.kind == "accumulator":
             return Call(lambda m, x: m.out(m.b(x) + value(m.p(x))), p=narrow, b=self.body(b, c), out=activation(b.act, min(b.bits, 5)))
         if b.kind == "product":
-            return Call(lambda m, x: m.out(value(m.q(m.b(x))) * value(m.p(x))), p=activation("relu", 3), q=narrow, b=self.body(b, c), out=act())
+            return Call(
+                lambda m, x: m.out(value(m.q(m.b(x))) * value(m.p(x))), p=activation("relu", 3), q=narrow, b=self.body(b, c), out=act()
+            )
         if b.kind == "concat":
             one = self.body(b, b.channels)
             self.c = c
@@ -341,6 +422,17 @@ class Builder:
             self.c = half + b.channels
             run = lambda m, x: shuffled(torch.cat([value(m.q(value(x)[:, : m.half])), value(m.q(m.b(value(x)[:, m.half :])))], 1), m.groups)  # noqa: E731
             return Call(run, half=half, b=body, q=act(), groups=divisor(self.c, b.groups))
+        if b.kind == "channels":
+            options = {
+                "scaling_per_output_channel": True,
+                "per_channel_broadcastable_shape": (1, c, 1, 1),
+                "scaling_stats_permute_dims": (1, 0, 2, 3),
+            }
+            scales = qnn.QuantReLU(bit_width=min(b.bits + 1, 8), return_quant_tensor=True, **options)
+            return nn.Sequential(*self.tail(b, True), scales, convolution(b, c, c, 3, 1, c), nn.BatchNorm2d(c), act())
+        if b.kind == "option":
+            run = lambda m, x: m.out(m.q(m.b(x)) + nn.functional.pad(value(m.q(x))[:, :, :: m.s, :: m.s], (0, 0, 0, 0, 0, m.more)))  # noqa: E731
+            return Call(run, s=stride, more=b.groups, q=act(), b=self.body(b, c + b.groups, stride), out=activation("relu", max(b.bits, 2)))
         if b.kind == "shift":
             fixed = nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False)
             weight = torch.zeros(c, 1, 3, 3)
@@ -348,7 +440,12 @@ class Builder:
             fixed.weight = nn.Parameter(weight, requires_grad=False)
             return Call(lambda m, x: m.f(value(x)), f=fixed)
         if b.kind == "gate":
-            gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), activation("identity", 6), convolution(replace(b, bias=True), c, c, 1, 1, 1), activation("sigmoid", 3))
+            gate = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1),
+                activation("identity", 6),
+                convolution(replace(b, bias=True), c, c, 1, 1, 1),
+                activation("sigmoid", 3),
+            )
             return Call(lambda m, x: (lambda y: m.out(value(y) * value(m.gate(value(y)))))(m.p(x)), p=narrow, gate=gate, out=act())
         if b.kind == "move":
             crop = min(self.h, self.w) >= 4
@@ -356,7 +453,11 @@ class Builder:
                 self.h, self.w = (self.h - 1) // 2, self.w - 1
             else:
                 self.h, self.w = self.h + 1, self.w + 2
-            run = (lambda m, x: value(x)[:, m.order, 1::2, :-1][:, :, : m.h]) if crop else (lambda m, x: nn.functional.pad(value(x), (1, 1, 0, 1)))
+            run = (
+                (lambda m, x: value(x)[:, m.order, 1::2, :-1][:, :, : m.h])
+                if crop
+                else (lambda m, x: nn.functional.pad(value(x), (1, 1, 0, 1)))
+            )
             return Call(run, order=torch.arange(c - 1, -1, -1), h=self.h)
         return nn.Sequential(*self.tail(b, False), act())
 
@@ -375,7 +476,12 @@ class Builder:
         if spec.head == "mean":
             return nn.Sequential(q, convolution(last, self.c, 3, 1, 1, 1), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         if spec.head == "two":
-            return Call(lambda m, x: (lambda y: (m.a(y), m.b(y).mean((2, 3)) * 2))(m.q(x)), q=q, a=convolution(last, self.c, 2, 1, 1, 1), b=convolution(last, self.c, 3, 1, 1, 1))
+            return Call(
+                lambda m, x: (lambda y: (m.a(y), m.b(y).mean((2, 3)) * 2))(m.q(x)),
+                q=q,
+                a=convolution(last, self.c, 2, 1, 1, 1),
+                b=convolution(last, self.c, 3, 1, 1, 1),
+            )
         return q
 
 

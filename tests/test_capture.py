@@ -76,7 +76,14 @@ def test_shared_modules_are_recorded_per_call() -> None:
 
 
 def test_quant_metadata_is_that_of_the_call() -> None:
-    record = record_of(nn.Sequential(qnn.QuantIdentity(bit_width=4, return_quant_tensor=True), qnn.QuantReLU(bit_width=3, return_quant_tensor=True), nn.ReLU()), 2, 3, 3)
+    record = record_of(
+        nn.Sequential(
+            qnn.QuantIdentity(bit_width=4, return_quant_tensor=True), qnn.QuantReLU(bit_width=3, return_quant_tensor=True), nn.ReLU()
+        ),
+        2,
+        3,
+        3,
+    )
     quant = [refs(call.args)[0].quant for call in record.calls]
     assert quant[0] is None and int(quant[1].bit_width) == 4 and int(quant[2].bit_width) == 3
 

@@ -90,8 +90,14 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.Sequential(qnn.QuantIdentity(bit_width=6), qnn.QuantConv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), qnn.QuantReLU(bit_width=3))
-        self.unused, self.head, self.side = qnn.QuantConv2d(4, 3, 1, bias=False), qnn.QuantLinear(64, 3, bias=True), qnn.QuantLinear(16, 2, bias=True)
+        self.a = nn.Sequential(
+            qnn.QuantIdentity(bit_width=6), qnn.QuantConv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), qnn.QuantReLU(bit_width=3)
+        )
+        self.unused, self.head, self.side = (
+            qnn.QuantConv2d(4, 3, 1, bias=False),
+            qnn.QuantLinear(64, 3, bias=True),
+            qnn.QuantLinear(16, 2, bias=True),
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.a(x)
@@ -111,9 +117,15 @@ def converted_without_passes() -> Graph:
 
 
 GRAPHS = [
-    dead_nodes, dead_branch_of_a_join, only_an_input, flatten_then_dense, flatten_kept_by_another_reader, two_reshapes_then_dense, moved_then_dense,
+    dead_nodes,
+    dead_branch_of_a_join,
+    only_an_input,
+    flatten_then_dense,
+    flatten_kept_by_another_reader,
+    two_reshapes_then_dense,
+    moved_then_dense,
     converted_without_passes,
-]  # fmt: skip
+]
 
 
 def images(graph: Graph) -> Tensor:
@@ -167,5 +179,9 @@ def test_pass_is_documented(step: Pass) -> None:
 
 
 def test_the_pipeline_is_one_visible_tuple() -> None:
-    own = [f for f in vars(passes).values() if callable(f) and getattr(f, "__module__", "") == passes.__name__ and f is not passes.run and f.__name__[0] != "_"]
+    own = [
+        f
+        for f in vars(passes).values()
+        if callable(f) and getattr(f, "__module__", "") == passes.__name__ and f is not passes.run and f.__name__[0] != "_"
+    ]
     assert set(own) == set(passes.PIPELINE), "a pass outside the pipeline is dead code"

@@ -13,10 +13,11 @@ from strategies import Spec, assert_exact, build, graph_fields_hold, specs
 
 import quantlib as ql
 
-# What convert may refuse in these networks: each is a limit of the integer semantics, stated in DESIGN section 3, with a remedy in its message.
+# What convert may refuse in these networks: each is a limit of the integer semantics, with a remedy in its message.
 REFUSALS = (
     r"real-valued join of wide operands",
     r"an average of real values that went through",
+    r"an average whose zero padding stands beside",
     r"it works on the real-valued result of a join",
     r"does not commute with",
     r"its input channels have different scales",

@@ -1,4 +1,4 @@
-"""ql.run: the same integers on every carrier, under every global setting, in every chunking, from every kind of image, and from a graph file."""
+"""ql.run: the same integers on every carrier, under every global setting, in every chunking, from every kind of image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class Network(nn.Module):
     def __init__(self, front: bool) -> None:
         super().__init__()
         self.q = qnn.QuantIdentity(bit_width=8) if front else nn.Identity()
-        self.a = nn.Sequential(qnn.QuantConv2d(3, 6, 3, padding=1, bias=False, weight_bit_width=4), nn.BatchNorm2d(6), qnn.QuantReLU(bit_width=4))
+        self.a = nn.Sequential(
+            qnn.QuantConv2d(3, 6, 3, padding=1, bias=False, weight_bit_width=4), nn.BatchNorm2d(6), qnn.QuantReLU(bit_width=4)
+        )
         self.b = nn.Sequential(qnn.QuantConv2d(6, 6, 3, padding=1, bias=False, weight_bit_width=3), nn.BatchNorm2d(6))
         self.join, self.pool, self.wide = qnn.QuantReLU(bit_width=3), nn.MaxPool2d(2), FixedPoint(16, 6)
         self.c = nn.Sequential(qnn.QuantConv2d(6, 4, 3, groups=2, bias=True, weight_bit_width=8), nn.PReLU(4))
@@ -58,7 +60,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
-def test_every_carrier_that_holds_it_gives_the_same_integers(case: tuple[Graph, Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_carrier_that_holds_it_gives_the_same_integers(
+    case: tuple[Graph, Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graph, x = case
     names = [n.name for n in graph.nodes]
     codes = encode(graph, x)
@@ -72,17 +76,25 @@ def test_every_carrier_that_holds_it_gives_the_same_integers(case: tuple[Graph, 
 def dense(weight: np.ndarray, lo: int, hi: int) -> Graph:
     t = IntType((weight.shape[1],), lo, hi)
     op = ops.Dense(weight)
-    return Graph((Node("input", ops.Input(t.shape, lo, hi), (), t), Node("y", op, ("input",), op.infer(t))), (Decode(("y",), (np.ones(()),), np.zeros(()), (weight.shape[0],)),))
+    return Graph(
+        (Node("input", ops.Input(t.shape, lo, hi), (), t), Node("y", op, ("input",), op.infer(t))),
+        (Decode(("y",), (np.ones(()),), np.zeros(()), (weight.shape[0],)),),
+    )
 
 
 # 2^24 - 2^4 = 255 * 65793 - ..: sums just below, at, and above what each float carrier holds exactly
 @pytest.mark.parametrize(
     ("bound", "dtype"),
     [
-        ((1 << 24) - 1, torch.float32), (1 << 24, torch.float64), ((1 << 24) + 1, torch.float64), ((1 << 53) - 1, torch.float64),
-        (1 << 53, torch.int64), ((1 << 53) + 1, torch.int64), ((1 << 61) + 12345, torch.int64),
+        ((1 << 24) - 1, torch.float32),
+        (1 << 24, torch.float64),
+        ((1 << 24) + 1, torch.float64),
+        ((1 << 53) - 1, torch.float64),
+        (1 << 53, torch.int64),
+        ((1 << 53) + 1, torch.int64),
+        ((1 << 61) + 12345, torch.int64),
     ],
-)  # fmt: skip
+)
 def test_sums_at_the_limits_of_a_carrier(bound: int, dtype: torch.dtype) -> None:
     """Rows whose extreme sum is exactly +-bound, made of odd numbers that a narrower carrier rounds."""
     hi = 1
@@ -125,7 +137,10 @@ def test_a_wide_convolution() -> None:
     weight[0] = 2**15 - 1
     t = IntType(SHAPE, -(2**15), 2**15 - 1)
     op = ops.Conv2d(weight, padding=(1, 1, 1, 1))
-    graph = Graph((Node("input", ops.Input(SHAPE, t.lo, t.hi), (), t), Node("y", op, ("input",), op.infer(t))), (Decode(("y",), (np.ones(()),), np.zeros(()), (4, 8, 8)),))
+    graph = Graph(
+        (Node("input", ops.Input(SHAPE, t.lo, t.hi), (), t), Node("y", op, ("input",), op.infer(t))),
+        (Decode(("y",), (np.ones(()),), np.zeros(()), (4, 8, 8)),),
+    )
     assert carrier(graph, graph.by_name["y"]) is torch.float64
     x = random.integers(t.lo, t.hi + 1, (3, *SHAPE))
     x[0] = t.lo
@@ -214,10 +229,21 @@ def test_kinds_of_images(case: tuple[Graph, Tensor]) -> None:
     graph, x = case
     want, codes = ql.run(graph, x, integers=True), encode(graph, x)
     kinds = [
-        x.numpy(), x.double(), x.double().numpy(), x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3),
-        x.flip(0).flip(0), x.numpy()[::-1][::-1], np.asfortranarray(x.numpy()), codes, codes.int(), codes.numpy(), codes.numpy().astype(np.int32),
-        codes.to(torch.int16).contiguous(memory_format=torch.channels_last), x.clone().requires_grad_(),
-    ]  # fmt: skip
+        x.numpy(),
+        x.double(),
+        x.double().numpy(),
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        x.flip(0).flip(0),
+        x.numpy()[::-1][::-1],
+        np.asfortranarray(x.numpy()),
+        codes,
+        codes.int(),
+        codes.numpy(),
+        codes.numpy().astype(np.int32),
+        codes.to(torch.int16).contiguous(memory_format=torch.channels_last),
+        x.clone().requires_grad_(),
+    ]
     if graph.input.type.lo == 0:
         kinds += [codes.to(torch.uint8), codes.numpy().astype(np.uint8), codes.numpy().astype(np.uint16)]
     else:
@@ -281,7 +307,16 @@ def test_the_front_end_decides_as_the_quantizer_does() -> None:
     t = torch.from_numpy(graph.front.thresholds.reshape(-1).copy())
     inf = torch.tensor(math.inf)
     below = torch.nextafter(t, -inf)
-    x = torch.cat([t, below, torch.nextafter(below, -inf), torch.nextafter(t, inf), torch.randn(1000) * 3, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38])])
+    x = torch.cat(
+        [
+            t,
+            below,
+            torch.nextafter(below, -inf),
+            torch.nextafter(t, inf),
+            torch.randn(1000) * 3,
+            torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38]),
+        ]
+    )
     x = x[: len(x) // 64 * 64].reshape(-1, 1, 8, 8)
     with torch.no_grad():
         y = nn.Sequential(q).double()(x.double())

@@ -1,7 +1,7 @@
-"""golden/thresholds_small.npz: codes, thresholds and directions of seven conv - batch norm - quantizer chains, found by an independent brute force.
+"""golden/thresholds_small.npz: codes, thresholds and directions of seven conv - batch norm - quantizer chains, found by brute force.
 
-Negative and zero gammas, per-channel input and output scales, all-zero weight channels and exact ties (round half to even) are among them. Nothing here has
-a tolerance.
+Negative and zero gammas, per-channel input and output scales, all-zero weight channels and exact ties (round half to even) are among
+them. Nothing here has a tolerance.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def test_the_cases_hold_what_they_are_for(golden: dict[str, Arrays]) -> None:
 
 @pytest.mark.parametrize("case", ["ties_relu4", "ties_hardtanh4"])
 def test_ties_are_real_and_counted(golden: dict[str, Arrays], case: str) -> None:
-    """The dyadic cases fall exactly between two codes: rounding half up instead of half to even gives other codes, and verify counts the ties."""
+    """The dyadic cases fall exactly between two codes: rounding half up gives other codes than half to even; verify counts the ties."""
     d = golden[case]
     model = plain(d)
     x = torch.tensor(d["x_codes"].astype(np.float64) * float(d["x_scale"][0]))

@@ -27,7 +27,9 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q = qnn.QuantIdentity(bit_width=6, return_quant_tensor=True)
-        self.block = nn.Sequential(qnn.QuantConv2d(3, 5, 3, padding=1, bias=False, weight_bit_width=4), nn.BatchNorm2d(5), qnn.QuantReLU(bit_width=3))
+        self.block = nn.Sequential(
+            qnn.QuantConv2d(3, 5, 3, padding=1, bias=False, weight_bit_width=4), nn.BatchNorm2d(5), qnn.QuantReLU(bit_width=3)
+        )
         self.pool, self.flat = nn.MaxPool2d(2), nn.Flatten()
         self.fc = nn.Sequential(qnn.QuantLinear(45, 6, bias=True, weight_bit_width=4), nn.BatchNorm1d(6), qnn.QuantReLU(bit_width=2))
         self.head = qnn.QuantLinear(6, 3, bias=True, weight_bit_width=4)
@@ -150,7 +152,9 @@ def test_a_wrong_weight_shows_in_the_accumulator(model: nn.Module, graph: Graph,
     row[up], row[down] = row[up] - 1, row[down] + 1  # the interval of this channel stays inside that of the node, or nearly
     op = replace(node.op, weight=weight)
     inferred = op.infer(*graph.types(node))
-    nodes = tuple(replace(n, op=op, type=replace(n.type, lo=inferred.lo, hi=inferred.hi, step=inferred.step)) if n is node else n for n in graph.nodes)
+    nodes = tuple(
+        replace(n, op=op, type=replace(n.type, lo=inferred.lo, hi=inferred.hi, step=inferred.step)) if n is node else n for n in graph.nodes
+    )
     try:
         broken = replace(graph, nodes=nodes)
     except ValueError:
@@ -261,10 +265,12 @@ def test_ties_are_counted() -> None:
 
 
 def test_structural_ties_differ_in_plain_float64_but_not_in_the_reference() -> None:
-    """An average pool between two uses of one quantizer: the plain float model decides exact ties by noise; its rate is reported, not hidden."""
+    """An average pool between two uses of one quantizer: plain floats decide exact ties by noise, which is reported."""
     torch.manual_seed(0)
     q = qnn.QuantReLU(bit_width=4)
-    net = nn.Sequential(qnn.QuantIdentity(bit_width=6), qnn.QuantConv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), q, nn.AvgPool2d(2), q)
+    net = nn.Sequential(
+        qnn.QuantIdentity(bit_width=6), qnn.QuantConv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), q, nn.AvgPool2d(2), q
+    )
     net = settle(net, lambda r: torch.randn(16, 3, 12, 12, generator=r))
     graph = ql.convert(net, (3, 12, 12))
     check = ql.verify(net, graph, torch.randn(40, 3, 12, 12))
@@ -277,7 +283,9 @@ def test_images_as_codes_and_as_real_numbers(model: nn.Module, graph: Graph) -> 
     stated = nn.Sequential(qnn.QuantConv2d(3, 4, 3, bias=False, weight_bit_width=4), qnn.QuantReLU(bit_width=4)).eval()
     g = ql.convert(stated, SHAPE, ql.Grid(0, 255, 1 / 255))
     codes = torch.randint(0, 256, (3, *SHAPE))
-    checks = [ql.verify(stated, g, x) for x in (codes, codes.to(torch.uint8), codes.numpy().astype(np.uint8), codes / 255, codes.double() / 255)]
+    checks = [
+        ql.verify(stated, g, x) for x in (codes, codes.to(torch.uint8), codes.numpy().astype(np.uint8), codes / 255, codes.double() / 255)
+    ]
     assert all(c.ok for c in checks) and len({c.codes for c in checks}) == 1
     own = encode(graph, torch.randn(3, *SHAPE))
     assert ql.verify(model, graph, own).ok, "codes of the model's own input quantizer"
