@@ -176,6 +176,7 @@ def test_elementwise_chains_up_to_62_bits(bits: int, body: str) -> None:
     kinked = ops.Requant(factor(1), term(c), bits // 4, -(2**bits), 2**bits - 1, rng.integers(-99, 99, c), factor(c), term(1))
     b = net.add(kinked, "input")
     both = net.add(ops.Add(), a, b)
+    net.add(ops.Requant(np.array([3]), np.array([-1]), 45, -2, 2), "input")
     levels = {1: both, 4: both, 15: b, 40: both}
     rows = {n: np.sort(rng.integers(-(2**bits), 2**bits, (c, n)), 1) for n in levels}
     ends = [net.add(ops.Threshold(rows[n], signs(rng, c), -7, 3), x) for n, x in levels.items()]

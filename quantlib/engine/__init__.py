@@ -20,6 +20,7 @@ from quantlib.engine.build import Library, Unavailable, library
 from quantlib.engine.program import Program, Refused, translate
 from quantlib.ir import Graph
 
+KEPT = 4  # programs per graph: one per set of edges asked for
 CHOICES = ("native", "portable", "torch")
 
 
@@ -77,6 +78,8 @@ def _ready(graph: Graph, keep: frozenset[str]) -> _Ready:
             except Refused as error:
                 found = error
             known[engine.path, keep] = found
+            while len(known) > KEPT:
+                del known[next(iter(known))]
     if isinstance(found, Refused):
         raise found
     return found

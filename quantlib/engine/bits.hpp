@@ -1,7 +1,8 @@
 // Convolutions with signs as weights: bit 1 stands for -1, a sum of products is (bits) - 2 * (differing bits).
 //
-// Inputs are signs (one plane) or the odd codes -3..3 = 2m + l (two planes). Planes are packed with eight channels per byte, pixel after pixel, so that
-// every segment starts at a byte; outside the image all bits are 0, and the correction of the border's class takes back what those taps add.
+// Inputs are signs (one plane) or the odd codes -3..3 = 2m + l (two planes). Planes are packed with eight channels per byte, pixel after
+// pixel, so that every segment starts at a byte; outside the image all bits are 0, and the correction of the border's class takes back what
+// those taps add.
 // Weights: [group][block of 16][word][output] of 64 bits, each segment filled with zeros to whole words.
 #pragma once
 #include "window.hpp"
@@ -76,37 +77,46 @@ struct Signs {
     i32* second;      // row of gated low sums where a merge follows
 };
 
-/// 2m + l of the raw sums, the low one only where the gate is open.
+/// 2 * high + low of one block's sums, the low ones only where the gate is open; apart where a merge follows.
 template <int PLANES>
-inline void combine(const Signs& s, i32 high, i32 low, i32 gate, i64 k, i32* to, i32* second) {
-    if (PLANES == 1)
-        to[k] = high;
-    else if (s.gate == PLAIN)
-        to[k] = 2 * high + low;
-    else if (s.gate == GATED)
-        to[k] = 2 * high + (high >= gate ? low : 0);
-    else {
-        to[k] = high;
-        second[k] = high >= gate ? low : 0;
+inline void combine(i64 mode, const i32* high, i32* low, const i32* gate, i32* __restrict to, i32* __restrict second, i64 n) {
+    if (PLANES == 1) {
+        std::memcpy(to, high, std::size_t(n) * 4);
+        return;
+    }
+    if (mode != PLAIN)
+        for (i64 o = 0; o < BLOCK; ++o) low[o] = high[o] >= gate[o] ? low[o] : 0;
+    if (mode == MERGED) {
+        std::memcpy(to, high, std::size_t(n) * 4);
+        std::memcpy(second, low, std::size_t(n) * 4);
+    } else {
+        for (i64 o = 0; o < BLOCK; ++o) low[o] += 2 * high[o];
+        std::memcpy(to, low, std::size_t(n) * 4);
     }
 }
 
-/// P pixels x one block of 16 outputs. patch: [pixel][plane][word].
-template <int PLANES, int P>
-inline void sign_tile(const Window& w, const Signs& s, const u64* patch, const u64* weight, i32* to, i32* second, const i32* const* add, const i32* gate, i64 n) {
+/// P pixels x one block of 16 outputs. x: the windows' corners per pixel and plane (vectors), or the windows' masked words (scalar).
+template <int PLANES, int P, class X>
+inline void sign_tile(const Window& w, const Signs& s, const X* x, const u64* weight, i32* to, i32* second, const i32* const* add,
+                      const i32* gate, i64 n) {
 #if defined(QL_VPOPCNT)
     __m512i sums[P][PLANES][2];
     for (int p = 0; p < P; ++p)
         for (int l = 0; l < PLANES; ++l) sums[p][l][0] = sums[p][l][1] = _mm512_setzero_si512();
-    for (i64 k = 0; k < s.words; ++k) {
-        const __m512i a = _mm512_loadu_si512(weight + k * BLOCK), b = _mm512_loadu_si512(weight + k * BLOCK + 8);
-        for (int p = 0; p < P; ++p)
-            for (int l = 0; l < PLANES; ++l) {
-                const __m512i x = _mm512_set1_epi64(i64(patch[(p * PLANES + l) * s.words + k]));
-                sums[p][l][0] = _mm512_add_epi64(sums[p][l][0], _mm512_popcnt_epi64(_mm512_xor_si512(x, a)));
-                sums[p][l][1] = _mm512_add_epi64(sums[p][l][1], _mm512_popcnt_epi64(_mm512_xor_si512(x, b)));
-            }
-    }
+    const __m512i whole = _mm512_set1_epi64(-1), last = _mm512_set1_epi64(i64(s.last));
+    for (i64 k = 0; k < w.segments; ++k)
+        for (i64 i = 0; i < s.per_segment; ++i, weight += BLOCK) {
+            const __m512i a = _mm512_loadu_si512(weight), b = _mm512_loadu_si512(weight + 8), mask = i + 1 < s.per_segment ? whole : last;
+            const i64 at = w.offset[k] + 8 * i;
+            for (int p = 0; p < P; ++p)
+                for (int l = 0; l < PLANES; ++l) {
+                    i64 word;
+                    std::memcpy(&word, x[p * PLANES + l] + at, 8);
+                    const __m512i v = _mm512_set1_epi64(word);  // 0x60: (v ^ weight) & mask
+                    sums[p][l][0] = _mm512_add_epi64(sums[p][l][0], _mm512_popcnt_epi64(_mm512_ternarylogic_epi64(mask, v, a, 0x60)));
+                    sums[p][l][1] = _mm512_add_epi64(sums[p][l][1], _mm512_popcnt_epi64(_mm512_ternarylogic_epi64(mask, v, b, 0x60)));
+                }
+        }
     const __mmask16 mask = n >= BLOCK ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     for (int p = 0; p < P; ++p) {
@@ -127,39 +137,48 @@ inline void sign_tile(const Window& w, const Signs& s, const u64* patch, const u
         _mm512_mask_storeu_epi32(to + p * w.outputs, mask, y);
     }
 #else
+    i32 sums[P][2][BLOCK];
+    for (i64 o = 0; o < BLOCK; ++o) {
+        i64 differ[P][PLANES] = {};
+        for (i64 k = 0; k < s.words; ++k)
+            for (int p = 0; p < P; ++p)
+                for (int l = 0; l < PLANES; ++l)
+                    differ[p][l] += __builtin_popcountll(x[(p * PLANES + l) * s.words + k] ^ weight[k * BLOCK + o]);
+        for (int p = 0; p < P; ++p)
+            for (int l = 0; l < PLANES; ++l) sums[p][l][o] = static_cast<i32>(add[p][o] - 2 * differ[p][l]);
+    }
     for (int p = 0; p < P; ++p)
-        for (i64 o = 0; o < std::min(n, BLOCK); ++o) {
-            i32 v[2] = {0, 0};
-            for (int l = 0; l < PLANES; ++l) {
-                i64 differ = 0;
-                const u64* x = patch + (p * PLANES + l) * s.words;
-                for (i64 k = 0; k < s.words; ++k) differ += __builtin_popcountll(x[k] ^ weight[k * BLOCK + o]);
-                v[l] = static_cast<i32>(add[p][o] - 2 * differ);
-            }
-            combine<PLANES>(s, v[0], v[1], gate[o], p * w.outputs + o, to, second);
-        }
+        combine<PLANES>(s.gate, sums[p][0], sums[p][1], gate, to + p * w.outputs, second + p * w.outputs, std::min(n, BLOCK));
 #endif
 }
 
 template <int PLANES, int P>
-inline void sign_pixels(const Window& w, const Signs& s, const u8* x, i64 row, i64 col, i64 g, u64* patch, i32* line) {
+inline void sign_pixels(const Window& w, const Signs& s, const u8* x, i64 row, i64 col, i64 g, [[maybe_unused]] u64* patch, i32* line) {
     const i32* add[P];
-    u64* to = patch;
+    const u8* corner[P * PLANES];
     for (int p = 0; p < P; ++p) {
         add[p] = w.correct(row, col + p, g);
-        for (int l = 0; l < PLANES; ++l)
-            for (i64 k = 0; k < w.segments; ++k) {
-                const u8* from = x + p * w.stride_w * w.pixel + l * s.plane + w.offset[k];
-                std::memcpy(to, from, std::size_t(s.per_segment) * 8);
-                to += s.per_segment;
-                to[-1] &= s.last;
-            }
+        for (int l = 0; l < PLANES; ++l) corner[p * PLANES + l] = x + p * w.stride_w * w.pixel + l * s.plane;
     }
+#if defined(QL_VPOPCNT)
+    const u8* const* from = corner;
+#else
+    const u64* from = patch;
+    for (const u8* c : corner)
+        for (i64 k = 0; k < w.segments; ++k, patch += s.per_segment) {
+            const u8* word = c + w.offset[k];
+            if (s.per_segment == 1)  // a call of memcpy costs more than one word
+                std::memcpy(patch, word, 8);
+            else
+                std::memcpy(patch, word, std::size_t(s.per_segment) * 8);
+            patch[s.per_segment - 1] &= s.last;
+        }
+#endif
     for (i64 b = 0; b < w.blocks; ++b) {
         const i64 at = col * w.outputs + g * w.per_group + b * BLOCK;
         const i32* shifted[P];
         for (int p = 0; p < P; ++p) shifted[p] = add[p] + b * BLOCK;
-        sign_tile<PLANES, P>(w, s, patch, s.weight + (g * w.blocks + b) * s.words * BLOCK, line + at, s.second + at, shifted,
+        sign_tile<PLANES, P>(w, s, from, s.weight + (g * w.blocks + b) * s.words * BLOCK, line + at, s.second + at, shifted,
                              s.open + (g * w.blocks + b) * BLOCK, w.per_group - b * BLOCK);
     }
 }

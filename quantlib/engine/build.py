@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -95,6 +96,8 @@ def library(body: str) -> Library:
 
 
 def _compiled(body: str) -> Path:
+    if sys.byteorder != "little":
+        raise Unavailable("the engine packs bits for little-endian machines")
     compiler = shutil.which("g++")
     if compiler is None:
         raise Unavailable("no g++ on PATH")

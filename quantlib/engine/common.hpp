@@ -38,8 +38,9 @@ inline void visit(i64 code, F f) {
     }
 }
 
+/// Kept out of line: many kernels end in it, and a copy in each would double the time of compilation.
 template <class A, class B>
-inline void convert(const A* __restrict x, B* __restrict y, i64 n) {
+__attribute__((noinline)) void convert(const A* __restrict x, B* __restrict y, i64 n) {
     for (i64 i = 0; i < n; ++i) y[i] = static_cast<B>(x[i]);
 }
 

@@ -80,7 +80,9 @@ def emit(b: Builder, node: Node) -> bool:
     op, x = node.op, b.graph.types(node)
     if isinstance(op, ops.Conv2d | ops.FractionalConv2d):
         dilation = op.dilation if isinstance(op, ops.Conv2d) else (1, 1)
-        c = _Conv(x[0], node.type, x[0].shape[0], x[0].shape[1:], op.weight, op.stride, op.padding, dilation, op.groups, op.magnitude(*x))  # type: ignore[arg-type]
+        channels, height, width = x[0].shape
+        size = (height, width)
+        c = _Conv(x[0], node.type, channels, size, op.weight, op.stride, op.padding, dilation, op.groups, op.magnitude(*x))
     elif isinstance(op, ops.Dense):
         weight = np.moveaxis(op.weight.reshape(-1, *x[0].shape), 1, -1).reshape(-1, x[0].numel, 1, 1)
         c = _Conv(x[0], node.type, x[0].numel, (1, 1), weight, (1, 1), (0, 0, 0, 0), (1, 1), 1, op.magnitude(*x))

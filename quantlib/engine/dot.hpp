@@ -1,7 +1,7 @@
 // Convolutions with weights of 8 or 16 bits: sixteen output channels side by side, sums in int32.
 //
-// A word of a segment is four bytes of the padded input: four unsigned bytes (where the machine multiplies bytes, AVX-512 VNNI) or two int16.
-// Weights: [group][block of 16][segment][word][output][4 int8 or 2 int16], zero beyond the segment's end.
+// A word of a segment is four bytes of the padded input: four unsigned bytes (where the machine multiplies bytes, AVX-512 VNNI) or two
+// int16. Weights: [group][block of 16][segment][word][output][4 int8 or 2 int16], zero beyond the segment's end.
 #pragma once
 #include "window.hpp"
 
@@ -117,7 +117,8 @@ inline void dot_pixels(const Window& w, const u8* x, const i8* weight, i32* to, 
     i64 b = 0;
     const auto left = [&] { return w.per_group - b * BLOCK; };
     if (Sums::WIDE == 4)
-        for (; b + 4 <= w.blocks; b += 4) dot_tile<PACKED, P, Sums::WIDE>(w, x, weight + b * size, size, to + b * BLOCK, add + b * BLOCK, left());
+        for (; b + 4 <= w.blocks; b += 4)
+            dot_tile<PACKED, P, Sums::WIDE>(w, x, weight + b * size, size, to + b * BLOCK, add + b * BLOCK, left());
     for (; b < w.blocks; ++b) dot_tile<PACKED, P, 1>(w, x, weight + b * size, size, to + b * BLOCK, add + b * BLOCK, left());
 }
 

@@ -10,6 +10,7 @@ from quantlib import ops
 from quantlib.engine.program import INT32, TABLE, Builder, Refused, wide
 from quantlib.ir import Graph, IntType, Node
 
+# in the order of Step in map.hpp
 STEPS = "LOAD STORE ADD REQUANT COMPARE SEARCH LOOKUP DIGIT JOIN OFFSET".split()
 ELEMENTWISE = (ops.Add, ops.Requant, ops.Threshold, ops.Lut, ops.Join, ops.AffineJoin)
 BLOCK = 256  # elements per block at least
@@ -105,6 +106,8 @@ class _Steps:
             y = self.new()
             self.threshold(op.thresholds, op.sign, op.lo, op.step, (x[0].lo, x[0].hi), inputs[0], y)
         elif isinstance(op, ops.Lut):
+            if op.table.size * op.step_in > TABLE:
+                raise Refused(f"a table of {op.table.shape} with step {op.step_in}")
             y = self.new()
             self.lookup(np.repeat(op.table, op.step_in, 1), op.lo_in, inputs[0], y)
         elif isinstance(op, ops.Join):
@@ -132,7 +135,8 @@ class _Steps:
             words += [self.laid(np.clip(op.kink, x.lo, x.hi + 1)), mul(op.mul2), add(op.add2)]
         else:
             words += [0, 0, 0]
-        self.add("REQUANT", source, y, width, int(op.kink is not None), op.shift, op.lo, op.hi, *words)
+        shift = min(op.shift, 31) if width == 0 else op.shift  # the same for numbers of 32 bits
+        self.add("REQUANT", source, y, width, int(op.kink is not None), shift, op.lo, op.hi, *words)
 
     def threshold(self, thresholds: np.ndarray, sign: np.ndarray, lo: int, step: int, span: tuple[int, int], source: int, y: int) -> None:
         """-x >= t says x < 1 - t: channels with sign -1 count the reached 1 - t downwards."""
@@ -157,6 +161,8 @@ class _Steps:
         start = self.rows(channels, place)
         for k, (source, size, low, step) in enumerate(zip(narrow, op.sizes, op.lows, op.steps, strict=True)):
             place //= size
+            if step * size > TABLE:
+                raise Refused(f"{size} codes with step {step}")
             before, row = row, self.new()
             temporary.append(row)
             digits = np.arange(step * (size - 1) + 1) // step * place

@@ -7,11 +7,14 @@
 
 namespace ql {
 
-enum Step { LOAD, STORE, ADD, REQUANT, COMPARE, SEARCH, LOOKUP, DIGIT, JOIN, OFFSET };
+enum Step {  // in the order of STEPS in elementwise.py
+    LOAD, STORE, ADD, REQUANT, COMPARE, SEARCH, LOOKUP, DIGIT, JOIN, OFFSET
+};
 
 /// y = clamp((x*mul + add) >> shift, lo, hi), or with mul2, add2 where x < kink. A is wide enough for every product.
 template <class A, class S, class M>
-inline void requant(const S* __restrict x, S* __restrict y, i64 n, int shift, A lo, A hi, const M* __restrict mul, const A* __restrict add) {
+inline void requant(const S* __restrict x, S* __restrict y, i64 n, int shift, A lo, A hi, const M* __restrict mul,
+                    const A* __restrict add) {
     for (i64 i = 0; i < n; ++i) {
         A v = (static_cast<A>(x[i]) * static_cast<A>(mul[i]) + add[i]) >> shift;
         v = v < lo ? lo : v;
@@ -20,8 +23,8 @@ inline void requant(const S* __restrict x, S* __restrict y, i64 n, int shift, A 
 }
 
 template <class A, class S, class M>
-inline void requant_kink(const S* __restrict x, S* __restrict y, i64 n, int shift, A lo, A hi, const M* __restrict mul, const A* __restrict add,
-                         const S* __restrict kink, const M* __restrict mul2, const A* __restrict add2) {
+inline void requant_kink(const S* __restrict x, S* __restrict y, i64 n, int shift, A lo, A hi, const M* __restrict mul,
+                         const A* __restrict add, const S* __restrict kink, const M* __restrict mul2, const A* __restrict add2) {
     for (i64 i = 0; i < n; ++i) {
         const M m = x[i] >= kink[i] ? mul[i] : mul2[i];
         const A a = x[i] >= kink[i] ? add[i] : add2[i];

@@ -37,12 +37,14 @@ inline void gather(Reader r, u8* arena) {
         const i32* dst = r.table<i32>();
         visit(to, [&](auto t) {
             visit(from, [&](auto f) {
-                const auto* __restrict x = reinterpret_cast<const decltype(f)*>(arena + start);
-                auto* __restrict y = reinterpret_cast<decltype(t)*>(arena + offset);
-                if (length == 1)
-                    for (i64 k = 0; k < runs; ++k) y[dst[k]] = static_cast<decltype(t)>(x[src[k]]);
-                else
-                    for (i64 k = 0; k < runs; ++k) convert(x + src[k], y + dst[k], length);
+                if constexpr (sizeof f <= sizeof t) {  // an output's interval holds those of its inputs
+                    const auto* __restrict x = reinterpret_cast<const decltype(f)*>(arena + start);
+                    auto* __restrict y = reinterpret_cast<decltype(t)*>(arena + offset);
+                    if (length == 1)
+                        for (i64 k = 0; k < runs; ++k) y[dst[k]] = x[src[k]];
+                    else
+                        for (i64 k = 0; k < runs; ++k) convert(x + src[k], y + dst[k], length);
+                }
             });
         });
     }
@@ -81,7 +83,8 @@ inline void thermometer(Reader r, u8* arena) {
 /// Windows over a map: the greatest value (S is the stored type) or the sum (S is int32 or int64) of the taps inside the image.
 template <class T, class S, class Fold>
 inline void pool(Reader& r, const T* x, S* acc, i64 code, u8* y, S start, Fold fold) {
-    const i64 h = r(), w = r(), c = r(), oh = r(), ow = r(), kh = r(), kw = r(), sh = r(), sw = r(), top = r(), left = r(), dh = r(), dw = r();
+    const i64 h = r(), w = r(), c = r(), oh = r(), ow = r(), kh = r(), kw = r(), sh = r(), sw = r();
+    const i64 top = r(), left = r(), dh = r(), dw = r();
     for (i64 row = 0; row < oh; ++row)
         for (i64 col = 0; col < ow; ++col) {
             std::fill(acc, acc + c, start);
@@ -102,8 +105,8 @@ inline void max_pool(Reader r, u8* arena) {
     const i64 from_code = r(), from = r(), to_code = r(), to = r(), scratch = r();
     visit(from_code, [&](auto zero) {
         using T = decltype(zero);
-        pool(r, reinterpret_cast<const T*>(arena + from), reinterpret_cast<T*>(arena + scratch), to_code, arena + to, std::numeric_limits<T>::min(),
-             [](T* __restrict acc, const T* __restrict x, i64 n) {
+        pool(r, reinterpret_cast<const T*>(arena + from), reinterpret_cast<T*>(arena + scratch), to_code, arena + to,
+             std::numeric_limits<T>::min(), [](T* __restrict acc, const T* __restrict x, i64 n) {
                  for (i64 i = 0; i < n; ++i) acc[i] = acc[i] < x[i] ? x[i] : acc[i];
              });
     });

@@ -1,5 +1,6 @@
 // Runs a program (see program.py) over images on several threads. Exact integers throughout; no state survives a call.
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -10,7 +11,10 @@
 
 namespace ql {
 
-enum Kind { IN, OUT, MAP32, MAP64, GATHER, THERMOMETER, MAX, SUM32, SUM64, SATURATING32, SATURATING64, SIGNS1, SIGNS2, BYTE_DOT, PAIR_DOT, WIDE32, WIDE64, DEPTH32, DEPTH64 };
+enum Kind {  // in the order of KINDS in program.py
+    IN, OUT, MAP32, MAP64, GATHER, THERMOMETER, MAX, SUM32, SUM64, SATURATING32, SATURATING64,
+    SIGNS1, SIGNS2, BYTE_DOT, PAIR_DOT, WIDE32, WIDE64, DEPTH32, DEPTH64
+};
 
 void image(const i64* program, i64 words, const i64* codes, i64 number, i64* const* outputs, u8* arena) {
     for (const i64* at = program; at < program + words; at += at[1]) {
@@ -44,14 +48,19 @@ void image(const i64* program, i64 words, const i64* codes, i64 number, i64* con
 extern "C" {
 
 /// Images codes[n][numel] through the program; outputs[k] is int64 [n][numel of output k]. One arena per thread, aligned to 64 bytes.
-__attribute__((visibility("default"))) void ql_run(const std::int64_t* program, std::int64_t words, const std::int64_t* codes, std::int64_t numel,
-                                                   std::int64_t images, std::int64_t* const* outputs, std::uint8_t* const* arenas, std::int64_t threads) {
+__attribute__((visibility("default"))) void ql_run(const std::int64_t* program, std::int64_t words, const std::int64_t* codes,
+                                                   std::int64_t numel, std::int64_t images, std::int64_t* const* outputs,
+                                                   std::uint8_t* const* arenas, std::int64_t threads) {
     std::atomic<std::int64_t> next{0};
     const auto work = [&](std::uint8_t* arena) {
-        for (std::int64_t k; (k = next.fetch_add(1)) < images;) ql::image(program, words, codes + k * numel, k, outputs, arena);
+        for (std::int64_t k; (k = next.fetch_add(1)) < images;)
+            ql::image(program, words, codes + k * numel, k, outputs, arena);
     };
     std::vector<std::thread> others;
-    for (std::int64_t t = 1; t < threads; ++t) others.emplace_back(work, arenas[t]);
+    try {
+        for (std::int64_t t = 1; t < threads; ++t) others.emplace_back(work, arenas[t]);
+    } catch (const std::system_error&) {  // no more threads: those that run share the images
+    }
     work(arenas[0]);
     for (auto& t : others) t.join();
 }

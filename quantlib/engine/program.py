@@ -18,7 +18,7 @@ from quantlib import ops
 from quantlib.engine.build import Library
 from quantlib.ir import Graph, IntType, Node
 
-KINDS = (
+KINDS = (  # in the order of Kind in packed.cpp
     "IN OUT MAP32 MAP64 GATHER THERMOMETER MAX SUM32 SUM64 SATURATING32 SATURATING64 "
     "SIGNS1 SIGNS2 BYTE_DOT PAIR_DOT WIDE32 WIDE64 DEPTH32 DEPTH64"
 ).split()
@@ -26,7 +26,7 @@ ALIGN = 64
 SLACK = 64  # kernels may read (never use) a few bytes behind a buffer
 STORED: tuple[Any, ...] = (np.int8, np.int16, np.int32, np.int64)
 INT32 = 1 << 31
-TABLE = 1 << 24  # entries of one table; more is refused
+TABLE = 1 << 24  # entries of a table that is made here (not weights); more is refused
 
 
 class Refused(ValueError):
@@ -75,12 +75,11 @@ class Builder:
     _peak: int = 0
 
     def table(self, values: object, dtype: object) -> int:
-        """Address of a table; a value that does not fit its type is an error here, never a wrapped number."""
+        """Address of a table. Refused where a value does not fit its type: never a wrapped number."""
         array = np.asarray(values)
-        if array.size > TABLE:
-            raise Refused(f"a table of {array.size} entries")
         exact = np.ascontiguousarray(array.astype(dtype))  # type: ignore[call-overload]
-        assert (exact == array).all()
+        if not (exact == array).all():
+            raise Refused(f"a table of {np.dtype(dtype)} with entries up to {np.abs(array).max()}")  # type: ignore[call-overload]
         self.tables.append(exact)
         return exact.ctypes.data
 
@@ -120,6 +119,9 @@ def translate(graph: Graph, keep: Iterable[str], library: Library) -> Program:
         if node.name in needed:
             needed.update(node.inputs)
     nodes = [n for n in graph.nodes[1:] if n.name in needed]
+    for node in nodes:
+        if max(node.op.magnitude(*graph.types(node)), node.type.magnitude) >= 1 << 62:
+            raise Refused(f"{node.name} needs integers beyond 62 bits")
     last = {i: k for k, n in enumerate(nodes) for i in n.inputs}
     b = Builder(graph, library)
     outputs: list[tuple[str, tuple[int, ...]]] = []

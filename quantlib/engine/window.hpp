@@ -1,8 +1,8 @@
 // Geometry of convolutions over channel-last maps.
 //
-// The input is copied into a buffer with its padding; a pixel's window is then a few segments of contiguous bytes (a whole kernel row, or one
-// tap where dilation or groups keep taps apart). Results of one output row are collected as int32 (O numbers per pixel) and stored in the
-// output's own type. `correction` holds one row per class of border pixels: what to add to the raw sums.
+// The input is copied into a buffer with its padding; a pixel's window is then a few segments of contiguous bytes (a whole kernel row, or
+// one tap where dilation or groups keep taps apart). Results of one output row are collected as int32 (O numbers per pixel) and stored in
+// the output's own type. `correction` holds one row per class of border pixels: what to add to the raw sums.
 #pragma once
 #include "common.hpp"
 
@@ -23,10 +23,10 @@ struct Window {
     i64 blocks, outputs;
 
     explicit Window(Reader& r)
-        : from_code(r()), from(r()), to_code(r()), to(r()), buffer(r()), line(r()), height(r()), width(r()), channels(r()), top(r()), left(r()), rows(r()),
-          cols(r()), stride_h(r()), stride_w(r()), out_h(r()), out_w(r()), groups(r()), per_group(r()), pixel(r()), group(r()), segments(r()), length(r()),
-          offset(r.table<i64>()), row_class(r.table<i32>()), col_class(r.table<i32>()), col_classes(r()), correction(r.table<i32>()),
-          blocks((per_group + BLOCK - 1) / BLOCK), outputs(groups * per_group) {}
+        : from_code(r()), from(r()), to_code(r()), to(r()), buffer(r()), line(r()), height(r()), width(r()), channels(r()), top(r()),
+          left(r()), rows(r()), cols(r()), stride_h(r()), stride_w(r()), out_h(r()), out_w(r()), groups(r()), per_group(r()), pixel(r()),
+          group(r()), segments(r()), length(r()), offset(r.table<i64>()), row_class(r.table<i32>()), col_class(r.table<i32>()),
+          col_classes(r()), correction(r.table<i32>()), blocks((per_group + BLOCK - 1) / BLOCK), outputs(groups * per_group) {}
 
     const i32* correct(i64 row, i64 col, i64 g) const {
         return correction + ((row_class[row] * col_classes + col_class[col]) * groups + g) * blocks * BLOCK;
