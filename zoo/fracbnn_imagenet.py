@@ -6,7 +6,9 @@ arXiv 2012.12206. Code: cornell-zhang/FracBNN (BSD-3-Clause).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from quantlib.ir import Grid
 from quantlib.layers import BinaryConv2d, FixedPoint, QuantSign, ThermometerEncoder
 from quantlib.ops.thermometer import Thermometer
 from quantlib.tails import RealInput
+from zoo import _fracbnn_imagenet_datapath as datapath
 from zoo._registry import Card, Claim, register
 from zoo.fracbnn import Arithmetic, arithmetic
 
@@ -79,6 +82,46 @@ class NormalisedThermometerEncoder(nn.Module):
         return g.add(Thermometer(first[:, 1:].numpy()), edge, scale=1.0)
 
 
+class Shortcut(nn.Module):
+    """4-bit sign, 2x2 average where stride is 2, then the grid: (N, C, H, W) -> (N, C, H/stride, W/stride)."""
+
+    def __init__(self, stride: int, point: nn.Module) -> None:
+        super().__init__()
+        self.stride, self.sign, self.point = stride, QuantSign(4), point
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.sign(x)
+        return self.point(F.avg_pool2d(x, 2) if self.stride == 2 else x)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the blocks are made of; shortcut takes the stride, last stands behind the last block."""
+
+    use: Arithmetic
+    shortcut: Callable[[int], nn.Module]
+    last: Callable[[], nn.Module]
+
+
+def parts(fixed_point: None | Literal["authors"] | FixedPoint, real_weights: bool) -> Parts:
+    if fixed_point != "authors":
+        use = arithmetic(fixed_point, real_weights)
+        return Parts(use, shortcut=lambda stride: Shortcut(stride, use.point()), last=use.point)
+    use = Arithmetic(
+        conv=datapath.WordConv2d,
+        norm=datapath.WordBatchNorm2d,
+        first_norm=lambda channels: datapath.WordBatchNorm2d(channels, first=True),
+        activation=datapath.WordRPReLU,
+        sign=lambda: datapath.WordSign(2),
+        add=datapath.WordAdd,
+        shortcut=nn.Identity,
+        mean=lambda: nn.AdaptiveAvgPool2d(1),
+        linear=nn.Linear,
+        point=nn.Identity,
+    )
+    return Parts(use, shortcut=datapath.shortcut, last=lambda: datapath.WordSign(4))
+
+
 class Block(nn.Module):
     """(N, I, H, W) -> (N, O, H/stride, W/stride), O = I or 2 I:
 
@@ -87,20 +130,20 @@ class Block(nn.Module):
     it, so that both sums are sums of integers; what follows is read by the next signs only and needs no grid.
     """
 
-    def __init__(self, channels_in: int, channels: int, stride: int, use: Arithmetic) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, made_of: Parts) -> None:
         super().__init__()
+        use = made_of.use
         self.conv3x3 = nn.Sequential(use.conv(channels_in, channels_in, 3, stride=stride, padding=1), use.norm(channels_in))
         self.pointwise = nn.Sequential(use.conv(channels_in, channels, 1), use.norm(channels))
         self.rprelu1, self.rprelu2 = use.activation(channels_in), use.activation(channels)
         self.shiftbn1, self.shiftbn2 = use.norm(channels_in), use.norm(channels)
-        self.sign, self.shortcut, self.add, self.point = use.sign(), QuantSign(4), use.add(), use.point()
-        self.stride, self.repeat = stride, channels // channels_in
+        self.shortcut1, self.shortcut2 = made_of.shortcut(stride), made_of.shortcut(1)
+        self.sign, self.add, self.point = use.sign(), use.add(), use.point()
+        self.repeat = channels // channels_in
 
     def forward(self, x: Tensor) -> Tensor:
-        s = self.shortcut(x)
-        s = self.point(F.avg_pool2d(s, 2) if self.stride == 2 else s)
-        x = self.shiftbn1(self.add(self.point(self.rprelu1(self.conv3x3(self.sign(x)))), s))
-        s = self.point(self.shortcut(x))
+        x = self.shiftbn1(self.add(self.point(self.rprelu1(self.conv3x3(self.sign(x)))), self.shortcut1(x)))
+        s = self.shortcut2(x)
         s = torch.cat([s] * self.repeat, 1) if self.repeat > 1 else s
         return self.shiftbn2(self.add(self.point(self.rprelu2(self.pointwise(self.sign(x)))), s))
 
@@ -108,27 +151,25 @@ class Block(nn.Module):
 class FracBNNImageNet(nn.Module):
     """(N, 3, H, W), normalised floats or uint8 pixels -> (N, classes). H and W are multiples of 32; published at 224.
 
-    width multiplies all channels (a multiple of 1/32).
+    width multiplies all channels (a multiple of 1/32). Without classes the averages come out, (N, 1024 width).
     """
 
-    def __init__(self, classes: int, fixed_point: None | FixedPoint, real_weights: bool, width: float = 1.0) -> None:
+    def __init__(self, classes: int, fixed_point: None | Literal["authors"] | FixedPoint, real_weights: bool, width: float = 1.0) -> None:
         super().__init__()
-        if isinstance(fixed_point, str):
-            raise ValueError(
-                f"fixed_point={fixed_point!r}: the ImageNet accelerator's datapath is known from its source alone (no trained weights, no "
-                "recorded results), and its 10-bit sums wrap, so no equality could be shown; give None or a FixedPoint(bits, fraction)"
-            )
         if width * 32 != int(width * 32) or width <= 0:
             raise ValueError(f"width={width}: the 32 channels of the first layer times width must be a whole number")
-        use = arithmetic(fixed_point, real_weights)
+        made_of = parts(fixed_point, real_weights)
+        use = made_of.use
         first, *_ = channels = [int(32 * width), *(int(o * width) for _, o, _ in BLOCKS)]
         self.register_buffer("img_mean", torch.tensor(MEAN).reshape(1, -1, 1, 1))
         self.register_buffer("img_std", torch.tensor(STD).reshape(1, -1, 1, 1))
         self.encoder = NormalisedThermometerEncoder(8)
         conv = BinaryConv2d(96, first, 3, stride=2, padding=1, real_weights=real_weights)
-        rows = [Block(i, o, stride, use) for i, o, (_, _, stride) in zip(channels, channels[1:], BLOCKS)]
-        self.model = nn.Sequential(nn.Sequential(conv, use.norm(first)), *rows, nn.Sequential(use.point(), use.mean(), use.point()))
-        self.fc = use.linear(channels[-1], classes)
+        rows = [Block(i, o, stride, made_of) for i, o, (_, _, stride) in zip(channels, channels[1:], BLOCKS)]
+        self.model = nn.Sequential(
+            nn.Sequential(conv, use.first_norm(first)), *rows, nn.Sequential(made_of.last(), use.mean(), use.point())
+        )
+        self.fc = use.linear(channels[-1], classes) if classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.model(self.encoder(x, self.img_mean, self.img_std)).flatten(1))
@@ -136,11 +177,8 @@ class FracBNNImageNet(nn.Module):
     def translate_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The authors' state dicts without their placeholder buffer and teacher, and without what a recorded run holds beside weights."""
         recorded = {"input", "output", "image_u8", "mask_density"}
-        return {
-            key: value
-            for key, value in tensors.items()
-            if not (key in recorded or key.startswith(("probe/", "f32_vs_f64_", "teacher.")) or "placeholder" in key)
-        }
+        foreign = ("probe/", "f32_vs_f64_", "teacher.", *(("fc.",) if isinstance(self.fc, nn.Identity) else ()))
+        return {k: v for k, v in tensors.items() if not (k in recorded or k.startswith(foreign) or "placeholder" in k)}
 
 
 @register(
@@ -155,8 +193,9 @@ class FracBNNImageNet(nn.Module):
         parameters=29_393_192,
         macs=5_164_736_512,
         options={
-            "fixed_point": "None: float32 as published; FixedPoint: grid of every branch, shortcut and average, 8-bit classifier",
-            "num_classes": "rows of the classifier",
+            "fixed_point": "None: float32 as published; FixedPoint: grid of every branch, shortcut and average, 8-bit classifier; "
+            "'authors': the accelerator's datapath, whose average and float classifier run on the host",
+            "num_classes": "rows of the classifier; 0: none, the averages come out (all of 'authors' that has integers)",
             "real_weights": "True leaves convolution weights real: the first step of training",
             "width": "multiplies all channels, a multiple of 1/32",
         },
@@ -170,11 +209,12 @@ class FracBNNImageNet(nn.Module):
         notes=(
             "Images are normalised floats, or uint8 pixels, which it normalises itself; the integer network reads pixels. 28,280,832 "
             "weights are binary; 346,816,512 MAC are the input layer's, 4,816,896,000 gated. GRID is FixedPoint(14, 6): words of 14 bits, "
-            "6 of them fraction, half up, saturating; the accelerator's words have 13 bits, 4 of them fraction."
+            "6 of them fraction, half up, saturating; the accelerator's words have 13 bits, 4 of them fraction. 'authors' equals its "
+            "source, step by step, while convolution sums stay inside its 10 bits."
         ),
     )
 )
 def fracbnn_imagenet(
-    *, fixed_point: None | FixedPoint = None, num_classes: int = 1000, real_weights: bool = False, width: float = 1.0
+    *, fixed_point: None | Literal["authors"] | FixedPoint = None, num_classes: int = 1000, real_weights: bool = False, width: float = 1.0
 ) -> FracBNNImageNet:
     return FracBNNImageNet(num_classes, fixed_point, real_weights, width)

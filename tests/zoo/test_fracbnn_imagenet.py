@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import quantlib as ql
 import zoo
 from quantlib.layers import FixedPoint
+from zoo import _fracbnn_imagenet_datapath as datapath
 from zoo.fracbnn_imagenet import GRID, MEAN, STD, NormalisedThermometerEncoder
 
 NAME = "fracbnn_imagenet"
@@ -86,7 +87,7 @@ def test_recorded_run_of_the_published_model(golden, golden_pixels):
     assert sum(m.num_out for m in gated) == 4_641_280
 
 
-@pytest.mark.parametrize("options", [{"fixed_point": GRID}, {"real_weights": True}, {"num_classes": 7}])
+@pytest.mark.parametrize("options", [{"fixed_point": GRID}, {"fixed_point": "authors"}, {"real_weights": True}, {"num_classes": 7}])
 def test_options_keep_the_keys(options):
     keys = set(zoo.get(NAME, width=1 / 32).state_dict())
     assert set(zoo.get(NAME, width=1 / 32, **options).state_dict()) == keys and len(keys) == 400
@@ -105,8 +106,8 @@ def test_published_checkpoints_lose_placeholder_teacher_and_prefix(tmp_path):
 
 
 def test_options_that_do_not_fit():
-    with pytest.raises(ValueError, match="10-bit sums wrap"):
-        zoo.get(NAME, fixed_point="authors")
+    with pytest.raises(ValueError, match="give None, 'authors' or a FixedPoint"):
+        zoo.get(NAME, fixed_point="author")
     for width in (0.01, 0, -1):
         with pytest.raises(ValueError, match="must be a whole number"):
             zoo.get(NAME, width=width)
@@ -187,7 +188,8 @@ def test_every_sum_is_an_integer_sum():
 
 
 def test_compiled_cpp_of_a_narrow_network(tmp_path):
-    model = narrow(7, fixed_point=ACCELERATOR_GRID)
+    """The accelerator's datapath; tests/test_every_network.py does the same with a grid."""
+    model = narrow(7, fixed_point="authors", num_classes=0)
     graph = ql.convert(model, (3, 32, 32))
     x = pixels(2, 32)
     hls = ql.export(graph, tmp_path / "hls", part="xczu3eg")
@@ -210,6 +212,117 @@ def test_without_a_grid_the_last_average_has_no_integers():
         ql.convert(narrow(fixed_point=None, width=1 / 32), (3, 32, 32))
     with pytest.raises(ql.ConversionError, match="real_weights"):
         ql.convert(narrow(real_weights=True, width=1 / 32), (3, 32, 32))
+
+
+# ---------------------------------------------------------------- the accelerator's datapath
+
+# One row per case: M, L; threshold, bn weight and bias, shift_x, shift_y, prelu, second bn weight and bias in units of 1/256; shortcut
+# code; then what these steps give in C++ with the types ap_fixed<13,9>, <14,6>, <10,2> and <6,4> of the open ap_types headers: merged
+# sum, sum with the shortcut and output in units of 1/16, its 2- and 4-bit codes, the first convolution's normalised M; and four 4-bit
+# codes with the code of their average.
+AP_FIXED = np.array(
+    [
+        (-182, 9, 7972, 55, 171, 211, -502, -217, -47, 370, 0, -1945, 287, -30, 0, 0, -615, 8, 6, 11, 1, 7),
+        (62, 249, 3768, -26, -23, 483, 391, -106, 37, -204, 13, 1986, 108, 3, 2, 9, -102, 11, 1, 13, 1, 7),
+        (-24, 42, -5791, -22, 198, 104, -521, -153, -129, -260, 9, -33, -8, -12, 0, 2, 45, 6, 1, 3, 9, 5),
+        (167, 144, 4665, 185, -367, -311, 704, -142, 9, -430, 15, 2550, 1861, 39, 3, 15, 1908, 0, 10, 12, 0, 6),
+        (-35, -31, 8191, -35, 151, 104, -296, 217, -116, 269, 10, -374, 55, -8, 1, 4, 86, 8, 2, 3, 10, 6),
+        (-409, 171, -7217, 13, 216, -564, 454, -253, 62, -604, 9, -2736, 189, 8, 2, 11, -194, 15, 9, 11, 9, 11),
+        (127, -198, 1541, 200, -284, -315, -62, -146, 80, -504, 6, 305, 194, 29, 3, 15, 1570, 9, 12, 3, 9, 8),
+        (331, -51, 7853, -9, -176, 712, -101, -177, -118, 507, 15, 2464, 47, 10, 2, 12, -155, 4, 8, 14, 14, 10),
+        (478, -15, -8192, 18, -229, -362, -757, -81, -110, 690, 5, 2655, 97, 1, 2, 8, 274, 13, 4, 14, 9, 10),
+        (216, 8, 5367, 5, -118, -752, -397, 95, 127, 264, 14, 2352, -14, 10, 2, 12, 60, 9, 2, 8, 0, 5),
+        (27, -139, 3674, 85, 74, -543, -194, 94, -92, -639, 0, -449, -93, -7, 1, 4, 148, 12, 6, 11, 15, 11),
+        (106, 4, 8191, 56, 105, -765, 541, -94, -43, 446, 15, 1154, 261, -16, 0, 0, 378, 13, 12, 8, 6, 10),
+        (160, -174, -7559, -87, 25, 122, 499, -5, 10, 498, 11, 786, 43, 33, 3, 15, -868, 12, 14, 15, 3, 11),
+        (394, 115, -353, 37, -88, 294, -355, 32, -25, 117, 1, 3346, 460, -38, 0, 0, 586, 14, 11, 14, 10, 12),
+        (-357, -171, 4631, -289, -1396, -591, -373, -121, 617, -543, 11, -2736, 2948, 4095, 3, 15, 4095, 8, 9, 13, 7, 9),
+        (-233, -107, -7416, 270, 681, -208, -544, 337, 736, 0, 8, -2490, -3452, -4096, 0, 0, -3889, 4, 14, 5, 13, 9),
+        (103, 214, 7757, -18, -72, -733, -47, 25, -48, 729, 6, 2238, -26, 50, 3, 15, -120, 14, 14, 1, 12, 10),
+        (5, 127, -8192, 40, -173, -396, 617, 227, 143, -113, 0, 728, 101, 49, 3, 15, 2, 13, 12, 11, 3, 9),
+        (-188, 139, -8192, 428, -51, 363, 720, 155, -556, -125, 10, -2009, -1972, 4095, 3, 15, -4096, 3, 14, 14, 5, 9),
+        (-465, -115, -2689, 104, -1143, 100, -558, -78, 288, -545, 9, -2736, 327, 334, 3, 15, -1735, 5, 4, 3, 12, 6),
+        (-119, 4, -451, 256, 894, -29, 31, 243, 716, -319, 0, -1272, -1170, -3292, 0, 0, -1848, 6, 6, 2, 5, 5),
+        (-503, 61, 5017, -94, 29, -645, 340, 275, 80, 764, 14, -2736, 1001, 361, 3, 15, 1506, 11, 5, 4, 2, 6),
+        (424, 120, -5172, -259, 1304, -640, 414, 343, 380, -65, 9, 3373, -4067, -4096, 0, 0, -4061, 4, 12, 15, 2, 8),
+        (381, -214, -3787, -351, 682, -512, -720, -45, -337, -674, 10, 1598, 343, -494, 0, 0, -4096, 4, 3, 3, 10, 5),
+    ]
+)
+
+
+def set_parameter(parameter: Tensor, units: np.ndarray) -> None:
+    with torch.no_grad():
+        parameter.copy_(torch.from_numpy(units / 256).reshape(parameter.shape))
+
+
+def test_the_steps_of_the_accelerator_equal_ap_fixed():
+    m, low, threshold, w, b, shift_x, shift_y, slope, w2, b2, code, merged, total, y, code2, code4, first, *pool = AP_FIXED.T
+    count = len(AP_FIXED)
+
+    def features(n: np.ndarray) -> Tensor:
+        return torch.from_numpy(n / 16).reshape(1, -1, 1, 1)
+
+    def norm(weight: np.ndarray, bias: np.ndarray, **options) -> nn.Module:
+        module = datapath.WordBatchNorm2d(count, **options).double().eval()
+        module.running_var.fill_(1 - module.eps)
+        set_parameter(module.weight, weight)
+        set_parameter(module.bias, bias)
+        return module
+
+    conv = datapath.WordConv2d(511, count, 1)
+    set_parameter(conv.threshold, threshold)
+    t = datapath._MERGE(torch.from_numpy(m), torch.from_numpy(low) * (torch.from_numpy(m) >= conv.gate())).numpy()
+    assert np.array_equal(t, merged) and 0 < int((m >= conv.gate().numpy()).sum()) < count
+    activation = datapath.WordRPReLU(count).double()
+    for parameter, units in ((activation.shift_x.bias, shift_x), (activation.prelu.weight, slope), (activation.shift_y.bias, shift_y)):
+        set_parameter(parameter, units)
+    with torch.no_grad():
+        x = activation(norm(w, b)(features(merged)))
+        s = datapath.WordAdd()(x, datapath.WordValue()(torch.from_numpy((2 * code - 15) / 15).reshape(1, -1, 1, 1)))
+        out = norm(w2, b2)(s)
+        assert torch.equal(s, features(total)) and torch.equal(out, features(y))
+        assert torch.equal(norm(w, b, first=True)(torch.from_numpy(m.astype(float)).reshape(1, -1, 1, 1)), features(first))
+        for bits, codes in ((2, code2), (4, code4)):
+            top = 2**bits - 1
+            assert np.array_equal(((datapath.WordSign(bits)(out).flatten() + 1) * top / 2).round().numpy(), codes)
+        group = torch.from_numpy(np.stack(pool[:4], 1).reshape(1, count, 2, 2))
+        value = datapath.WordSign(4)(datapath.WordPool()(datapath.WordValue()((2.0 * group - 15) / 15)))
+        assert np.array_equal(((value.flatten() + 1) * 7.5).round().numpy(), pool[4])
+
+
+def test_zero_and_ties_go_down_in_the_accelerator():
+    n = torch.arange(-48, 49)
+    for bits, top in ((2, 3), (4, 15)):
+        exact = [max(0, min(top, -((16 - top * (int(k) + 16)) // 32))) for k in n]  # ceil of (x + 1) top / 2 - 1/2, in integers
+        got = ((datapath.WordSign(bits)(n.double().reshape(1, -1, 1, 1) / 16).flatten() + 1) * top / 2).round()
+        assert got.tolist() == exact
+    assert datapath.WordSign(2)(torch.zeros(1, 1, 1, 1)).item() == pytest.approx(-1 / 3)  # a float32 third
+
+
+def test_every_code_of_the_accelerator_s_datapath():
+    whole = narrow(6, fixed_point="authors")
+    model = zoo.load(zoo.get(NAME, fixed_point="authors", num_classes=0, width=1 / 16), whole.state_dict()).eval()
+    graph = ql.convert(model, (3, 64, 64))
+    check = ql.verify(model, graph, pixels(2, 64))
+    assert check.ok, str(check)
+    assert not any(m.num_beyond for m in model.modules() if isinstance(m, datapath.WordConv2d))  # at most 576 products, far from 511
+    y = ql.run(graph, pixels(2, 64))
+    assert y.shape == (2, 64) and bool((y.abs() <= 1).all()) and len(torch.unique(y)) > 20
+    with torch.no_grad():  # the host's part: the float classifier
+        host = whole.fc(y)
+        assert torch.allclose(whole(pixels(2, 64)), host, atol=1e-5, rtol=0)  # float32 sums of 64 terms
+    with pytest.raises(ql.ConversionError, match="fc"):
+        ql.convert(whole, (3, 32, 32))
+
+
+def test_sums_beyond_the_accelerator_s_registers_are_counted():
+    conv = datapath.WordConv2d(600, 1, 1)
+    with torch.no_grad():
+        conv.weight.fill_(1.0)
+        assert conv(torch.full((1, 600, 1, 2), 1.0)).flatten().tolist() == [datapath.HIGH / 16] * 2
+        assert conv.num_beyond == 2
+        conv(torch.tensor([1.0, -1.0]).repeat(300).reshape(1, 600, 1, 1))
+        assert conv.num_beyond == 0
 
 
 @pytest.mark.slow
