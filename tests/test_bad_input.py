@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 import brevitas.nn as qnn
 import numpy as np
@@ -252,10 +251,18 @@ def test_hooks_that_change_a_layer() -> None:
         refused(model, SHAPE, "^c ", "hook", "step of the model")
 
 
+class Offset(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.offset
+
+
 def test_constants_that_change_inside_a_channel() -> None:
     for shape in ((1, 4, 6, 6), (6,), (6, 1)):
-        bias = torch.randn(shape, dtype=torch.float64)
-        refused(Body(partial(torch.add, bias)), SHAPE, "inside a channel", "per-channel")
+        refused(Body(Offset(*shape)), SHAPE, "inside a channel", "per-channel")
 
 
 def test_a_constant_with_the_rows_of_the_batch() -> None:
