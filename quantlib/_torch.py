@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantlib.capture import Batch, Call, Ref, fill, refs, walk
+from quantlib.capture import Batch, Call, Ref, fill, refs, short_name, walk
 from quantlib.tails import ConversionError, Edge, Map, Move, RealInput, Value
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ unflatten T mT t repeat_interleave broadcast_to expand_as view_as reshape_as ite
 
 def lower_function(g: Lowering, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Lower a recorded torch function; args and kwargs hold Values in the place of tensors."""
-    name = call.name
+    name = short_name(call.target)
     if name in IDENTITY:
         return args[0]
     if name not in REARRANGE and _mentions_batch((call.args, call.kwargs)):

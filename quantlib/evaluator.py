@@ -151,8 +151,13 @@ def _exact() -> Iterator[None]:
 def execute(graph: Graph, codes: Tensor, keep: Iterable[str]) -> dict[str, Tensor]:
     """Evaluate on input codes (N, *shape) int64; returns the edges named in `keep` as int64 (N, *shape)."""
     wanted = dict.fromkeys(keep)
-    if (edges := packed_engine.execute(graph, codes, wanted)) is not None:
-        return edges
+    edges = packed_engine.execute(graph, codes, wanted)
+    return carriers(graph, codes, wanted) if edges is None else edges
+
+
+def carriers(graph: Graph, codes: Tensor, keep: Iterable[str]) -> dict[str, Tensor]:
+    """`execute` in torch, each op in its carrier."""
+    wanted = dict.fromkeys(keep)
     plan = [(node, carrier(graph, node)) for node in graph.nodes[1:]]
     last = {i: k for k, (node, _) in enumerate(plan) for i in node.inputs}
     pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}

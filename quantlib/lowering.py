@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quantlib import _brevitas, _torch, ops, passes, tails
 from quantlib.capture import Call, CaptureError, Record, Ref, capture, unwrapped, walk
 from quantlib.ir import Decode, Front, Graph, GraphError, Grid, IntType, Node
+from quantlib.snapping import prove
 from quantlib.tails import ConversionError, Edge, Map, Move, RealInput, Value
 
 Sides = tuple[int, int, int, int]
@@ -620,4 +621,13 @@ def convert(model: nn.Module, input_shape: tuple[int, ...], input: Grid | None =
     weights, joins without a grid, non-monotone tails on wide accumulators, NaN parameters; CaptureError for data-dependent control
     flow and writes in place.
     """
-    return lower(model, input_shape, input).graph
+    conversion = lower(model, input_shape, input)
+    graph = conversion.graph
+    image = _sampler(graph.input.type.shape, None if graph.front else _grid(graph))(1, 11)
+    prove(conversion, image.float().double() if graph.front else image)
+    return graph
+
+
+def _grid(graph: Graph) -> Grid:
+    t = graph.input.type
+    return Grid(t.lo, t.hi, t.scale, t.step)

@@ -17,13 +17,8 @@ from torch import Tensor, nn
 from quantlib import evaluator, ops, tails
 from quantlib.capture import CaptureError, unwrapped, values_of
 from quantlib.ir import Graph, Grid
-from quantlib.lowering import Conversion, lower, own_grid
-
-SNAP = 1e-6  # of a step: float64 noise of a sum of 10^5 terms is below 1e-10, a wrong scale is of order 1
-
-
-class VerifyError(ValueError):
-    """The graph cannot be compared with this model."""
+from quantlib.lowering import Conversion, lower
+from quantlib.snapping import VerifyError, codes_and_noise, replay_snapped
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,7 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     from this model, or when a value is off its edge's grid.
     """
     t = graph.input.type
-    stated = graph.front is not None or own_grid(model) is not None
+    stated = graph.front is not None
     model = unwrapped(model)
     conversion = lower(model, t.shape, None if stated else Grid(t.lo, t.hi, t.scale, t.step))
     _same_meaning(graph, conversion.graph)
@@ -206,37 +201,13 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     output_error, start = 0.0, 0
     for part, part_codes in zip(real.split(evaluator.CHUNK), codes.split(evaluator.CHUNK), strict=True):
         values = evaluator.execute(graph, part_codes, names)
-        if graph.nodes[0].inputs != ():
-            raise VerifyError("the graph has no input node")
-        expected: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def snap(index: int, v: Tensor, expected: dict[int, tuple[Tensor, Tensor]] = expected) -> Tensor:
-            known = conversion.snaps.get(index)
-            if known is None:
-                return v
-            scale, bias = (torch.tensor(np.asarray(a), dtype=torch.float64) for a in (known.scale, known.bias))
-            units = (v - bias) / scale
-            n = units.round()
-            noise = 2.0**-50 * (v.abs() + bias.abs()) / scale  # a bias of many steps: float64 cannot hold v more finely
-            moved = float((units - n).abs().max())
-            if not bool(((units - n).abs() < (SNAP + noise).clamp(max=0.25)).all()):
-                raise VerifyError(
-                    f"{known.source}: a value is {moved:.3g} steps off the grid of edge {known.edge}; the edge's scale is "
-                    f"wrong, or the model has NaN"
-                )
-            if index in snaps:
-                expected[index] = (n, v)
-            return scale * n + bias
-
-        with torch.no_grad():
-            output, _ = conversion.record.replay(part, snap)
+        output, expected = replay_snapped(conversion, part)
         plain64, plain32 = values_of(conversion.record.model, part), values_of(single, part.float())
         for index, known in snaps.items():
             n, v = expected[index]
             got = values[known.edge].reshape(n.shape)
             differ = got != n.long()
-            scale, bias = (torch.tensor(np.asarray(a), dtype=torch.float64) for a in (known.scale, known.bias))
-            rates = [int((((p[index].double() - bias) / scale).round().long() != n.long()).sum()) for p in (plain64, plain32)]
+            rates = [int((codes_and_noise(p[index], known)[0] != n).sum()) for p in (plain64, plain32)]
             for k, c in enumerate((n.numel(), int(differ.sum()), *rates)):
                 counts[index][k] += c
             if first is None and bool(differ.any()):

@@ -17,6 +17,7 @@ import quantlib as ql
 from quantlib import ops
 from quantlib.evaluator import encode, execute
 from quantlib.ir import Graph, Node
+from quantlib.lowering import lower
 from quantlib.ops import Op
 from quantlib.verification import VerifyError
 
@@ -219,7 +220,10 @@ def test_a_layer_with_a_wrong_scale_is_caught() -> None:
     for scale, shift in ((1.3, 0), (2.0, 1), (2.0, 0)):
         conv = qnn.QuantConv2d(2, 2, 1, bias=False, weight_bit_width=4)
         net = nn.Sequential(Liar(scale, shift), conv).eval()
-        graph = ql.convert(net, (2, 5, 5), ql.Grid(0, 255, 1 / 255))
+        graph = lower(net, (2, 5, 5), ql.Grid(0, 255, 1 / 255)).graph
+        if (scale, shift) != (2.0, 0):
+            with pytest.raises(ql.ConversionError, match="steps off the grid" if scale == 1.3 else "not those of the model"):
+                ql.convert(net, (2, 5, 5), ql.Grid(0, 255, 1 / 255))
         if scale == 1.3:
             with pytest.raises(VerifyError, match="steps off the grid"):
                 ql.verify(net, graph, x)
