@@ -324,6 +324,12 @@ def test_malformed_text_is_refused_with_its_line(text, part):
         parse(text, "w.h")
 
 
+def test_placeholders_of_the_published_files_are_dropped(tmp_path):
+    text = "float encoder_placeholder[1] = {};\nconst FIX_WT encoder_placeholder_fix[2][1] = {{0}, {0}};\nfloat linear_bias[2] = {1, 2};"
+    (tmp_path / "w.h").write_text(text)
+    assert set(read(tmp_path / "w.h")) == {"linear_bias"}
+
+
 def test_files_without_arrays_and_without_text(tmp_path):
     path = tmp_path / "w.h"
     for content, part in [(b"// nothing\n", "holds no array of numbers"), (b"\xff\xfe\x00", "is no text file")]:
