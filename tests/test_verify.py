@@ -213,24 +213,24 @@ class Liar(nn.Module):
         return g.add(op, edge, scale=np.asarray(edge.type.scale) * self.scale)
 
 
-def test_a_layer_with_a_wrong_scale_is_caught() -> None:
-    """The reference replays the trained module itself, so a value that is off its edge's grid cannot pass."""
+@pytest.mark.parametrize(("scale", "shift", "words"), [(1.3, 0, "steps off the grid"), (2.0, 1, "not those of the model"), (2.0, 0, "")])
+def test_a_layer_whose_integers_do_not_mean_its_forward(scale: float, shift: int, words: str) -> None:
+    """The reference replays the trained module itself: convert refuses what its own proof refutes, and verify says so of the graph."""
     torch.manual_seed(0)
     x = torch.randint(0, 256, (4, 2, 5, 5), dtype=torch.uint8)
-    for scale, shift in ((1.3, 0), (2.0, 1), (2.0, 0)):
-        conv = qnn.QuantConv2d(2, 2, 1, bias=False, weight_bit_width=4)
-        net = nn.Sequential(Liar(scale, shift), conv).eval()
-        graph = lower(net, (2, 5, 5), ql.Grid(0, 255, 1 / 255)).graph
-        if (scale, shift) != (2.0, 0):
-            with pytest.raises(ql.ConversionError, match="steps off the grid" if scale == 1.3 else "not those of the model"):
-                ql.convert(net, (2, 5, 5), ql.Grid(0, 255, 1 / 255))
-        if scale == 1.3:
-            with pytest.raises(VerifyError, match="steps off the grid"):
-                ql.verify(net, graph, x)
-        else:
-            check = ql.verify(net, graph, x)
-            assert check.ok == (shift == 0), str(check)
-            assert shift == 0 or (check.first is not None and check.first.name == "0" and check.first.code == check.first.expected + 1)
+    net = nn.Sequential(Liar(scale, shift), qnn.QuantConv2d(2, 2, 1, bias=False, weight_bit_width=4)).eval()
+    grid = ql.Grid(0, 255, 1 / 255)
+    graph = lower(net, (2, 5, 5), grid).graph
+    if words:
+        with pytest.raises(ql.ConversionError, match=words):
+            ql.convert(net, (2, 5, 5), grid)
+    if scale == 1.3:
+        with pytest.raises(VerifyError, match="steps off the grid"):
+            ql.verify(net, graph, x)
+        return
+    check = ql.verify(net, graph, x)
+    assert check.ok == (shift == 0), str(check)
+    assert shift == 0 or (check.first is not None and check.first.name == "0" and check.first.code == check.first.expected + 1)
 
 
 class Dyadic(nn.Module):
