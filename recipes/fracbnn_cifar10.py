@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         else:
             train = read_images(config.data, "train", config.strict)
             test = read_images(config.test or config.data, "test", config.strict)
-            others = {path: read_images(path, "test", config.strict) for path in config.also_test}
+            others = {data.name: data for data in (read_images(path, "test", config.strict) for path in config.also_test)}
     unreadable = train.unreadable | test.unreadable
     for path, reason in unreadable.items():
         console.print(f"unreadable, left out: {path} ({reason})", style="yellow", highlight=False)
