@@ -203,8 +203,8 @@ class FracBNNImageNet(nn.Module):
         convert_shape=(3, 64, 64),
         normalisation=(MEAN, STD),
         claims=(
-            Claim("top-1 accuracy, ImageNet, 1/1.4 bit", 71.7, "%", "code's README; the paper's text gives 71.8"),
-            Claim("accelerator on Ultra96-V2 at 250 MHz", 48.1, "frames/s", "paper, table of accelerators"),
+            Claim("top-1 accuracy, ImageNet, 1/1.4 bit", 71.7, "%", "code's README; the paper's text gives 71.8 (recalled, not checked)"),
+            Claim("accelerator on Ultra96-V2 at 250 MHz", 48.1, "frames/s", "paper, table and page not checked"),
         ),
         notes=(
             "Images are normalised floats, or uint8 pixels, which it normalises itself; the integer network reads pixels. 28,280,832 "

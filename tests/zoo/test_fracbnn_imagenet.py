@@ -165,7 +165,7 @@ def test_integers_of_the_encoder_take_pixels_and_any_float():
 # ---------------------------------------------------------------- integers
 
 
-@pytest.mark.parametrize("grid,seed", [(GRID, 3), (ACCELERATOR_GRID, 4), (FixedPoint(16, 8, rounding="half_even"), 5)])
+@pytest.mark.parametrize("grid,seed", [(ACCELERATOR_GRID, 4), (FixedPoint(16, 8, rounding="half_even"), 5)])
 def test_every_code_of_a_narrow_network(grid, seed):
     model = narrow(seed, fixed_point=grid)
     graph = ql.convert(model, (3, 64, 64))
