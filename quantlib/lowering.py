@@ -22,6 +22,7 @@ from quantlib.snapping import prove
 from quantlib.tails import ConversionError, Edge, Map, Move, RealInput, Value
 
 Sides = tuple[int, int, int, int]
+MANY_SCALES = 4  # scales among the inputs of a convolution up to which it gets one accumulator for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,6 +261,10 @@ class Lowering:
             )
         stride, dilation = _torch.pair(stride), _torch.pair(dilation)
         sides = _conv_sides(padding, codes.shape[2:], dilation)
+        if groups == 1:
+            return self._per_scale(
+                edge, lambda e, read, s: self.add(ops.Conv2d(codes[:, read], stride, sides, dilation), e, scale=s * scale)
+            )
         rows = self._input_scales(edge, channels // groups, groups)
         per_output = rows.repeat(codes.shape[0] // groups)
         return self.add(ops.Conv2d(codes, stride, sides, dilation, groups), edge, scale=np.asarray(per_output * scale))
@@ -269,8 +274,24 @@ class Lowering:
             raise ConversionError(
                 f"{self.path}: a linear layer on a batch of shape (N, {', '.join(map(str, edge.shape))}); flatten to (N, features) first"
             )
-        (row,) = self._input_scales(edge, edge.shape[0], 1)
-        return self.add(ops.Dense(codes), edge, scale=np.asarray(row * scale))
+        return self._per_scale(edge, lambda e, read, s: self.add(ops.Dense(codes[:, read]), e, scale=s * scale))
+
+    def _per_scale(self, edge: Edge, multiply: Callable[[Edge, Any, float], Edge]) -> Value:
+        """One accumulator where all channels have one scale. After a concat of a few quantizers one accumulator for each of their scales,
+        summed as real numbers: exact at the network's output, elsewhere a join of wide operands.
+        """
+        scales = np.broadcast_to(tails.channel_scale(edge.type.scale, edge.shape, self.path), edge.shape[:1])
+        different = np.unique(scales)
+        if len(different) == 1:
+            return multiply(edge, slice(None), float(different[0]))
+        if len(different) > MANY_SCALES or len(different) == len(scales) > 2:  # a scale per channel, not a concat
+            self._input_scales(edge, edge.shape[0], 1)  # raises
+        sums = []
+        for scale in different:
+            read = np.flatnonzero(scales == scale)
+            sums.append(multiply(self.add(ops.Select(read), edge, scale=scale), read, float(scale)))
+        label = f"{self.path}, whose input {edge.name} holds different scales"
+        return Map(lambda *t: sum(t[1:], t[0]), tuple(sums), label, affine=True, uniform=True)
 
     def _input_scales(self, edge: Edge, size: int, groups: int) -> np.ndarray:
         scales = tails.channel_scale(edge.type.scale, edge.shape, self.path)

@@ -388,8 +388,12 @@ def test_concat_of_different_scales_before_a_convolution() -> None:
             x = self.i(x)
             return self.head(torch.cat([self.p(self.a(x)), self.q(self.b(x))], 1))
 
-    message = refused(Cat(), SHAPE, "^head", "different scales", "share one", "depthwise")
-    assert "cat" in message
+    message = refused(
+        nn.Sequential(Cat(), qnn.QuantReLU(bit_width=4)), SHAPE, "^1: real-valued join", "0.head", "different scales", "Share one"
+    )
+    assert "0.cat" in message
+    graph = ql.convert(Cat().eval(), SHAPE)  # at the output each scale has an accumulator of its own, and the decode adds them
+    assert len(graph.outputs) == 2
 
 
 def test_per_channel_scales_before_a_full_convolution() -> None:

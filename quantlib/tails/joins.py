@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantlib import ops
 from quantlib.ir import Grid
-from quantlib.tails.expressions import ConversionError, Edge, Map, evaluate, monotone, occurrences
+from quantlib.tails.expressions import ConversionError, Edge, Map, evaluate, maps, monotone, occurrences
 from quantlib.tails.probing import codes_of, compress, integers, real_of
 from quantlib.tails.thresholds import ENUMERATE, TABLE_LIMIT, bisected, thresholds_of
 
@@ -29,6 +29,8 @@ def join(g: Lowering, value: Map, edges: list[Edge], grid: Grid) -> Edge:
     )
     if count > 1024 or count * channels * levels > TABLE_LIMIT:
         names = " and ".join(f"{e.name} {e.type}" for e in edges)
+        on_the_way = dict.fromkeys(m.label for m in maps(value) if m.label != value.label)
+        names += f" (through {'; '.join(on_the_way)})" if on_the_way else ""
         raise ConversionError(f"{value.label}: real-valued join of wide operands with different scales: {names}. {remedies}")
     if wide.type.levels > ENUMERATE and (not np.all(monotone(value)) or occurrences(value, wide) != 1):
         raise ConversionError(f"{value.label}: a join that is not known to be monotone in {wide.name} {wide.type}. {remedies}")
