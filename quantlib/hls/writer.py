@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -221,11 +222,26 @@ def testbench(net: Netlist, images: int) -> str:
     )  # fmt: skip
 
 
-def driver(net: Netlist) -> str:
-    def edge(p: Pin) -> str:
-        return f'({map_shape(p.type)}, "{"" if p.type.signed else "u"}int{p.bits}")'
+def driver(graph: Graph, net: Netlist) -> dict[str, str]:
+    """The host program and what it must know of this network. JSON's decimals are the shortest that give every float back."""
 
-    return template("driver.py.in", input=edge(net.input), outputs="[" + ", ".join(map(edge, net.outputs)) + "]")
+    def edge(p: Pin) -> dict[str, object]:
+        return {"name": p.edge, "shape": p.type.shape, "container": f"{'' if p.type.signed else 'u'}int{p.bits}"}
+
+    t, front = net.input.type, graph.front
+    grid = {"lo": t.lo, "hi": t.hi, "step": t.step, "scale": t.scale.tolist()}
+    decodes = [
+        {"inputs": d.inputs, "gains": [np.asarray(g).tolist() for g in d.gains], "bias": np.asarray(d.bias).tolist(), "shape": d.shape}
+        for d in graph.decodes
+    ]
+    about = {
+        "name": graph.name,
+        "input": edge(net.input) | grid,
+        "outputs": [edge(p) for p in net.outputs],
+        "front": front and {"thresholds": front.thresholds.tolist(), "sign": front.sign.tolist()},
+        "decodes": decodes,
+    }
+    return {"driver.py": template("driver.py"), "driver.json": json.dumps(about, indent=1) + "\n"}
 
 
 def project(graph: Graph, net: Netlist, part: str, clock_ns: float, golden: tuple[Array, Mapping[str, Array]]) -> dict[str, str | bytes]:
@@ -250,7 +266,7 @@ def project(graph: Graph, net: Netlist, part: str, clock_ns: float, golden: tupl
         files[f"golden/output{k}.txt"] = _numbers(to_stream(golden[1][p.edge], p.type))
     files["Makefile"] = template("project.mk")
     files["project.tcl"] = template("project.tcl", part=part, clock=f"{clock_ns:g}")
-    files["driver.py"] = driver(net)
+    files.update(driver(graph, net))
     return files
 
 

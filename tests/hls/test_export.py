@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
 import quantlib as ql
@@ -27,7 +26,7 @@ def test_project_is_complete_and_names_no_place(made: project.Project) -> None:
     files = {str(p.relative_to(made.folder)) for p in made.folder.rglob("*") if p.is_file() and "build" not in p.parts}
     manifest = json.loads((made.folder / project.MANIFEST).read_text())
     assert set(manifest["files"]) | {project.MANIFEST} == files
-    expected = "Makefile project.tcl driver.py params/conv_weight.h src/network.hpp src/top.cpp src/testbench.cpp"
+    expected = "Makefile project.tcl driver.py driver.json params/conv_weight.h src/network.hpp src/top.cpp src/testbench.cpp"
     assert {*expected.split(), "golden/input.txt", "golden/output0.txt", "include/ql.hpp", "include/shim/ap_int.h"} <= files
     for name in files:
         assert str(made.folder.parent) not in (made.folder / name).read_text()
@@ -69,29 +68,6 @@ def test_make_csim_passes_and_a_corrupt_golden_file_is_found(made: project.Proje
         assert "20 integers expected, 5 found" in short.stdout
     finally:
         path.write_text(text)
-
-
-def test_driver_packs_as_the_test_bench(made: project.Project, nets: ModuleType) -> None:
-    namespace: dict[str, object] = {"__name__": "driver"}
-    source = (made.folder / "driver.py").read_text()
-    code = compile(source, "driver.py", "exec")
-    import types
-
-    module = types.ModuleType("driver")
-    module.__dict__.update(namespace)
-    import builtins
-
-    builtins.exec(code, module.__dict__)  # the generated file is what is tested
-    x = nets.codes(made.graph, 3).numpy()
-    words = module.pack(x)
-    assert words.shape == (3, made.net.input.bus_words)
-    flat = writer.to_stream(x, made.net.input.type)
-    assert np.array_equal(words.view(np.uint8)[:, : flat.shape[1]], flat)
-    pin = made.net.outputs[0]
-    want = nets.definition(made.graph, nets.codes(made.graph, 3))["fc"].numpy()
-    padded = np.zeros((3, pin.bus_words * 64 // pin.bits), dtype=np.int16)
-    padded[:, :10] = want
-    assert np.array_equal(module.unpack(padded.view(np.uint64), *module.OUTPUTS[0]).reshape(3, 10), want)
 
 
 @pytest.mark.parametrize("content", ["notes.txt", project.MANIFEST])
