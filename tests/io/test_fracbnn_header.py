@@ -353,8 +353,5 @@ def test_the_tutorial_runs_as_it_is_written(published, root, tmp_path, monkeypat
     assert sorted(p.name for p in (tmp_path / "xcel-cifar10" / "source").iterdir()) == sorted([FLOATS, WORDS, PARAMETERS])
     (shown,) = re.findall(r"^```text\n(.*?)^```", page, re.S | re.M)
     printed = capsys.readouterr().out
-    tables = [[re.findall(r"(?<= )[\d,.]+(?= |$)", line) for line in text.splitlines() if "frames/s" in line] for text in (shown, printed)]
-    assert len(tables[0]) == len(tables[1]) == 4 and all(len(row) == 4 for table in tables for row in table)
-    for ours, theirs in zip(*tables, strict=True):
-        for a, b in zip(ours, theirs, strict=True):  # cost formulas are recalibrated now and then
-            assert float(b.replace(",", "")) == pytest.approx(float(a.replace(",", "")), rel=0.25)
+    tables = [[line for line in text.splitlines() if "frames/s" in line] for text in (shown, printed)]
+    assert len(tables[0]) == 4 and tables[0] == tables[1], "the page shows another table than its code prints"

@@ -210,6 +210,7 @@ def test_block_in_training_mode(golden: Any) -> None:
     for name, buffer in block.named_buffers():
         if not name.startswith("bn"):
             continue
+        # float32 means and variances over a batch, summed in an order that depends on the library
         assert np.allclose(buffer.numpy(), golden[f"block_train/buffer_after/{name}"], rtol=1e-6, atol=1e-7), name
 
 
