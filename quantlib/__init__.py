@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quantlib import analysis as analysis
     from quantlib import layers as layers
     from quantlib import quantizers as quantizers
+    from quantlib import search as search
     from quantlib.evaluator import run as run
     from quantlib.hls import export as export
     from quantlib.io.graph import load as load
@@ -39,8 +41,10 @@ _WHERE = {
     "Graph": "quantlib.ir",
     "Grid": "quantlib.ir",
     "FixedPoint": "quantlib.layers",
+    "analysis": "quantlib.analysis",
     "layers": "quantlib.layers",
     "quantizers": "quantlib.quantizers",
+    "search": "quantlib.search",
 }
 __all__ = [*_WHERE]
 
@@ -49,7 +53,7 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'quantlib' has no attribute {name!r}; public names: {', '.join(__all__)}")
     module = import_module(_WHERE[name])
-    value = module if module.__name__ == f"quantlib.{name}" and name in ("layers", "quantizers") else getattr(module, name)
+    value = module if module.__name__ == f"quantlib.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -120,7 +120,7 @@ def test_wrong_shapes_and_counts_are_graph_errors(name: str, i: int) -> None:
     if name in ("Conv2d", "FractionalConv2d", "Dense", "SaturatingDense", "Reshape"):
         with pytest.raises(GraphError, match=name):
             op.infer(IntType((types[0].shape[0] + 1, *types[0].shape[1:]), types[0].lo, types[0].hi, 1.0, types[0].step))
-    if name in ("Conv2d", "FractionalConv2d", "MaxPool", "SumPool", "Slice2d", "Pad"):
+    if name in ("Conv2d", "FractionalConv2d", "MaxPool", "SumPool", "Slice2d", "Pad", "Shift"):
         with pytest.raises(GraphError, match=name):
             op.infer(IntType((types[0].numel,), types[0].lo, types[0].hi, 1.0, types[0].step))
 

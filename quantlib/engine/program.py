@@ -177,7 +177,7 @@ def _other(b: Builder, node: Node) -> None:
         b.give(scratch)
     elif isinstance(op, ops.Thermometer):
         _thermometer(b, node, op, x[0])
-    elif isinstance(op, ops.Reshape | ops.Select | ops.Slice2d | ops.Rearrange | ops.Concat | ops.Pad):
+    elif isinstance(op, ops.Reshape | ops.Select | ops.Slice2d | ops.Rearrange | ops.Concat | ops.Pad | ops.Shift):
         _gather(b, node)
     else:
         raise Refused(f"no kernel for {type(op).__name__}")

@@ -22,6 +22,7 @@ from quantlib.ops.requant import Requant
 from quantlib.ops.reshape import Reshape
 from quantlib.ops.saturating_dense import SaturatingDense
 from quantlib.ops.select import Select
+from quantlib.ops.shift import Shift
 from quantlib.ops.slice2d import Slice2d
 from quantlib.ops.sum_pool import SumPool
 from quantlib.ops.thermometer import Thermometer
@@ -49,6 +50,7 @@ __all__ = [
     "Reshape",
     "SaturatingDense",
     "Select",
+    "Shift",
     "Slice2d",
     "SumPool",
     "Thermometer",

@@ -189,6 +189,16 @@ def Concat(op: Any, y: Any, *x: Array) -> Array:
 
 
 @brute
+def Shift(op: Any, y: Any, x: Array) -> Array:
+    out = np.zeros(y.shape, dtype=object)
+    for c, r, q in places(y.shape):
+        i, j = r + int(at(op.dy, c)), q + int(at(op.dx, c))
+        if 0 <= i < x.shape[1] and 0 <= j < x.shape[2]:
+            out[c, r, q] = x[c, i, j]
+    return out
+
+
+@brute
 def Pad(op: Any, y: Any, x: Array) -> Array:
     out = np.zeros(y.shape, dtype=object)
     for c, i, j in places(x.shape):
