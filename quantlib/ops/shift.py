@@ -35,7 +35,9 @@ class Shift(Op):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect(self.dy.ndim == 1 and self.dy.shape == self.dx.shape, self, f"dy {self.dy.shape} and dx {self.dx.shape} must be (C,) or (1,)")
+        expect(
+            self.dy.ndim == 1 and self.dy.shape == self.dx.shape, self, f"dy {self.dy.shape} and dx {self.dx.shape} must be (C,) or (1,)"
+        )
 
     @property
     def moves(self) -> bool:
