@@ -61,12 +61,16 @@ class Data(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """codes: uint8 (N, C, H, W) as stored on disk; labels: int64 (N,); name for reports; unreadable: files left out, and why."""
+    """codes: uint8 (N, C, H, W) as stored on disk; labels: int64 (N,); name for reports; unreadable: files left out, and why.
+
+    Models see code / levels.
+    """
 
     codes: Tensor
     labels: Tensor
     name: str
     unreadable: dict[str, str] = field(default_factory=dict)
+    levels: int = 255
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.uint8 or self.codes.dim() != 4 or len(self.codes) != len(self.labels):
@@ -90,7 +94,7 @@ class Images:
         augment = augment or Augment()
         draws = self._draws(augment, key)
         for rows in batches:
-            x = as_real(self.codes[rows])
+            x = as_real(self.codes[rows], self.levels)
             if augment.flip:
                 x = torch.where(draws[rows, 2].bool().reshape(-1, 1, 1, 1), x.flip(3), x)
             if augment.shift:
@@ -107,8 +111,8 @@ class Images:
 class ImageFiles:
     """Image files decoded when asked for, as float32 (3, size, size), normalised with mean and std.
 
-    Training (augment given): a random area of 8 to 100 % resized to size; lighting: standard deviation of the PCA colour shift, 0 for none;
-    Augment.flip mirrors half of them. Testing: the shorter side resized to `resize`, the middle cut out.
+    Training (augment given): a random area of `crop` (a share) to the whole resized to size; lighting: standard deviation of the PCA colour
+    shift, 0 for none; Augment.flip mirrors half of them. Testing: the shorter side resized to `resize`, the middle cut out.
     A file that cannot be read is noted in `unreadable`; while training the next file stands in for it, while testing it is left out.
     """
 
@@ -118,6 +122,7 @@ class ImageFiles:
     size: int = 224
     resize: int = 256
     lighting: float = 0.1
+    crop: float = 0.08
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     strict: bool = False
@@ -159,7 +164,7 @@ class ImageFiles:
         """The published order: crop, lighting, flip, normalise."""
         from PIL import Image
 
-        left, top, width, height = random_area(picture.width, picture.height, generator)
+        left, top, width, height = random_area(picture.width, picture.height, generator, self.crop)
         box = (left, top, left + width, top + height)
         pixels = np.asarray(picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
         if self.lighting:
@@ -231,9 +236,9 @@ class _Files:
         return None, -1, bad
 
 
-def as_real(codes: Tensor) -> Tensor:
-    """uint8 codes -> float32 in [0, 1], code / 255."""
-    return codes.float() / 255
+def as_real(codes: Tensor, levels: int = 255) -> Tensor:
+    """uint8 codes -> float32 in [0, 1], code / levels."""
+    return codes.float() / levels
 
 
 def shifted(x: Tensor, most: int, offsets: Tensor) -> Tensor:
@@ -245,10 +250,10 @@ def shifted(x: Tensor, most: int, offsets: Tensor) -> Tensor:
     return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def random_area(width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, width, height): 8 to 100 % of the area, sides 3:4 to 4:3; after ten misses the largest middle part of such sides."""
+def random_area(width: int, height: int, generator: np.random.Generator, least: float = 0.08) -> tuple[int, int, int, int]:
+    """(left, top, width, height): least to 1 of the area, sides 3:4 to 4:3; after ten misses the largest middle part of such sides."""
     for _ in range(10):
-        area = width * height * generator.uniform(0.08, 1.0)
+        area = width * height * generator.uniform(least, 1.0)
         ratio = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
         if 0 < w <= width and 0 < h <= height:

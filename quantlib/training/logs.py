@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from quantlib.training.checkpoint import write_bytes
 
 @dataclass(frozen=True)
 class Epoch:
-    """One row of a run. loss and train_accuracy: means over the epoch, measured while training; lr: of this epoch; images: trained on."""
+    """One row of a run. loss and train_accuracy: means over the epoch, measured while training; lr: of this epoch; images: trained on.
+
+    The accuracies are means of the run's score: right answers unless it has another one. notes: JSON facts of the run's own.
+    """
 
     number: int
     loss: float
@@ -23,6 +26,7 @@ class Epoch:
     lr: float
     images: int = 0
     seconds: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def images_per_second(self) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,20 @@ from quantlib.training.checkpoint import CheckpointError, load_checkpoint, pick,
 from quantlib.training.data import Augment, Data
 from quantlib.training.logs import Bar, Epoch, Logs
 from quantlib.training.losses import CrossEntropy, gate_pull
-from quantlib.training.metrics import evaluating
-from quantlib.training.optim import Adam, Linear, Optimizer, Schedule, optimizer_state, restore_optimizer
+from quantlib.training.metrics import evaluating, right_answers
+from quantlib.training.optim import (
+    Adam,
+    Group,
+    Linear,
+    Optimizer,
+    Schedule,
+    optimizer_state,
+    restore_optimizer,
+    split_parameters,
+    torch_groups,
+)
+
+Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class TrainingError(RuntimeError):
@@ -40,7 +53,8 @@ class Fit:
     the last, smaller batch. shift, flip: augmentation (`Augment`). gate_target, gate_decay: the pull of every gating threshold T,
     gate_decay / 2 * |T - gate_target|^2. precision: "bf16" and "fp16" run the convolutions in it; the quantizers of this library stay in
     float32. compile: torch.compile (slower on CPU; sums in another order, so other last digits). channels_last: memory layout, much faster
-    on CPU. save_every: steps between checkpoints (0: only after each epoch). workers: processes that decode image files.
+    on CPU. groups: parameters with settings of their own. save_every: steps between checkpoints (0: only after each epoch). workers:
+    processes that decode image files.
     """
 
     epochs: int
@@ -56,6 +70,7 @@ class Fit:
     drop_last: bool = False
     optimizer: Optimizer = Adam()
     schedule: Schedule = Linear()
+    groups: tuple[Group, ...] = ()
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     channels_last: bool = False
@@ -76,20 +91,34 @@ def fit(
     title: str = "training",
     out: str | Path | None = None,
     resume: bool = False,
+    score: Score = right_answers,
+    note: Callable[[], dict[str, Any]] | None = None,
 ) -> list[Epoch]:
     """Trains in place and returns one row per epoch. The same settings on the same machine give the same weights.
 
-    loss: called with (outputs, labels, images), by default `CrossEntropy()`. out: folder for last.safetensors (all a resumed run needs),
-    best.safetensors (weights of the best test accuracy, the latest among equals) with best.json, log.csv, speed.csv, TensorBoard events;
-    None: nothing is written. resume: continue from last.safetensors where there is one; otherwise an old one is removed. The model is left
-    on the device it came from, with its last weights. TrainingError when the loss is not finite, CheckpointError when a checkpoint belongs
-    to other settings.
+    loss: called with (outputs, labels, images), by default `CrossEntropy()`. score: called with (outputs, labels), one number in [0, 1] per
+    image; its mean stands where an accuracy is named. note: called after each epoch's training; its JSON facts stand in the row.
+    out: folder for last.safetensors (all a resumed run needs), best.safetensors (weights of the best test accuracy, the latest among
+    equals) with best.json, log.csv, speed.csv, TensorBoard events; None: nothing is written. resume: continue from last.safetensors where
+    there is one; otherwise an old one is removed. The model is left on the device it came from, with its last weights. TrainingError when
+    the loss is not finite, CheckpointError when a checkpoint belongs to other settings.
     """
-    return _Run(model, train, test, settings, loss or CrossEntropy(), title, Path(out) if out else None).run(resume)
+    return _Run(model, train, test, settings, loss or CrossEntropy(), title, Path(out) if out else None, score, note).run(resume)
 
 
 class _Run:
-    def __init__(self, model: nn.Module, train: Data, test: Data, settings: Fit, loss: nn.Module, title: str, out: Path | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Data,
+        test: Data,
+        settings: Fit,
+        loss: nn.Module,
+        title: str,
+        out: Path | None,
+        score: Score,
+        note: Callable[[], dict[str, Any]] | None,
+    ) -> None:
         from accelerate import Accelerator
 
         self.bare, self.train, self.test, self.settings, self.title, self.out = model, train, test, settings, title, out
@@ -99,15 +128,18 @@ class _Run:
         self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         if settings.batch % self.world:
             raise TrainingError(f"a batch of {settings.batch} images does not split evenly over {self.world} processes")
-        self.loss = loss.to(self.device)
+        self.loss, self.score, self.note = loss.to(self.device), score, note
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.to(self.device)
-        optimizer = settings.optimizer.build((p for p in model.parameters() if p.requires_grad), settings.lr, settings.weight_decay)
+        parts = split_parameters(((name, p) for name, p in model.named_parameters() if p.requires_grad), settings.groups)
+        self.groups = [group for group, _ in parts]
+        optimizer = settings.optimizer.build(torch_groups(parts), settings.lr, settings.weight_decay)
+        self.momenta = [group.get("momentum", 0.0) for group in optimizer.param_groups]
         self.model, self.optimizer = self.accelerator.prepare(torch.compile(model) if settings.compile else model, optimizer)
         self.rows: list[Epoch] = []
         self.epoch, self.step, self.seconds, self.best = 0, 0, 0.0, -1.0
-        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, right answers, images: of this process, in this epoch
+        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, score, images: of this process, in this epoch
 
     def run(self, resume: bool) -> list[Epoch]:
         settings = self.settings
@@ -142,8 +174,11 @@ class _Run:
 
         settings, started = self.settings, time.perf_counter() - self.seconds
         factor = settings.schedule.factor(self.epoch, settings.epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * factor
+        for group, ours, momentum in zip(self.optimizer.param_groups, self.groups, self.momenta, strict=True):
+            own = factor if ours.schedule is None else ours.schedule.factor(self.epoch, settings.epochs)
+            group["lr"] = (settings.lr if ours.lr is None else ours.lr) * own
+            if "momentum" in group:
+                group["momentum"] = momentum * ours.momentum_schedule.factor(self.epoch, settings.epochs)
         batches = self._batches()
         mine = [rows[self.rank :: self.world] for rows in batches[self.step :]]
         augment = Augment(settings.shift, settings.flip)
@@ -162,8 +197,9 @@ class _Run:
         if self.world > 1:  # running statistics of process 0 are the model's, as in DistributedDataParallel's forward
             for buffer in self.bare.buffers():
                 buffer.copy_(broadcast(buffer))
+        notes = self.note() if self.note else {}
         score = self._test_accuracy()
-        return Epoch(self.epoch + 1, total / count, right / count, score, settings.lr * factor, int(count), self.seconds)
+        return Epoch(self.epoch + 1, total / count, right / count, score, settings.lr * factor, int(count), self.seconds, notes)
 
     def _batches(self) -> list[Tensor]:
         """Indices of each step, of all processes together."""
@@ -183,15 +219,15 @@ class _Run:
         out = self.model(x)
         with self.accelerator.autocast():
             value = self.loss(out, y, x)
-        share = len(y) * self.world / together  # processes average their gradients: weighted so, they give the mean over all images
+        share = len(x) * self.world / together  # processes average their gradients: weighted so, they give the mean over all images
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(value * share + gate_pull(self.bare, settings.gate_target, settings.gate_decay))
         self.optimizer.step()
-        right = (out.detach().argmax(1) == y).sum()
-        self.sums += torch.stack([value.detach().double() * len(y), right.double(), right.new_tensor(len(y)).double()]).cpu()
+        right = self.score(out.detach(), y).double().sum()
+        self.sums += torch.stack([value.detach().double() * len(x), right, right.new_tensor(len(x))]).cpu()
 
     def _test_accuracy(self) -> float:
-        """Right answers over readable images; each process takes its share, and the counts are added."""
+        """Mean score over readable images; each process takes its share, and the counts are added."""
         counts = torch.zeros(2, dtype=torch.float64)
         known = len(self.test.unreadable)
         chunks = torch.arange(self.rank, len(self.test), self.world).split(self.settings.batch)
@@ -201,7 +237,7 @@ class _Run:
                     x = x.contiguous(memory_format=torch.channels_last)
                 with self.accelerator.autocast():
                     out = self.bare(x.to(self.device))
-                counts += torch.tensor([float((out.argmax(1).cpu() == y).sum()), float(len(y))])
+                counts += torch.tensor([float(self.score(out, y.to(self.device)).double().sum()), float(len(x))], dtype=torch.float64)
                 known = self._report_unreadable(self.test, known)
         right, images = self._of_all(counts).sum(0).tolist()
         return right / max(images, 1.0)
@@ -225,6 +261,8 @@ class _Run:
         """What must be equal for a checkpoint to continue this run."""
         settings = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
         kinds = {k: type(getattr(self.settings, k)).__name__ for k in ("optimizer", "schedule")}
+        kinds |= {"groups": repr(self.settings.groups)} if self.settings.groups else {}
+        kinds |= {"score": self.score.__qualname__} if self.score is not right_answers else {}
         facts: dict[str, Any] = {"settings": settings, "kinds": kinds, "loss": repr(self.loss), "processes": self.world}
         facts |= {k: f"{data.name}, {len(data)} images" for k, data in (("train", self.train), ("test", self.test))}
         return json.loads(json.dumps(facts))
@@ -245,14 +283,15 @@ class _Run:
 
     def _save_best(self, row: Epoch) -> None:
         if self.out and self.accelerator.is_main_process:
-            facts = {"epoch": row.number, "accuracy": row.test_accuracy, "run": self._identity()}
+            facts = {"epoch": row.number, "accuracy": row.test_accuracy, "notes": row.notes, "run": self._identity()}
             save_checkpoint(self.out / "best.safetensors", dict(self.bare.state_dict()), facts)
             write_bytes(self.out / "best.json", (json.dumps(facts, indent=1) + "\n").encode())
 
     def _load(self, path: Path) -> None:
         tensors, facts = load_checkpoint(path)
         ours, theirs = self._identity(), facts["run"]
-        flat = {k: (theirs["settings"].get(k), v) for k, v in ours["settings"].items()}
+        defaults = json.loads(json.dumps(asdict(Fit(0))))  # of settings that an older checkpoint does not know
+        flat = {k: (theirs["settings"].get(k, defaults[k]), v) for k, v in ours["settings"].items()}
         flat |= {k: (theirs.get(k), v) for k, v in ours.items() if k != "settings"}
         different = [f"{k} was {was!r}, now {now!r}" for k, (was, now) in flat.items() if was != now]
         if different:

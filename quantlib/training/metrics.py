@@ -34,12 +34,17 @@ def predictions(model: nn.Module, data: Images, size: int = 64) -> Tensor:
     """Outputs (N, classes) of the model in eval mode on real images, on the CPU; its mode is restored."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model):
-        return batched(lambda codes: model(as_real(codes).to(device)).cpu(), data.codes, size)
+        return batched(lambda codes: model(as_real(codes, data.levels).to(device)).cpu(), data.codes, size)
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
     """Share of rows whose largest entry is the label, in [0, 1]."""
     return float((outputs.argmax(1) == labels).double().mean())
+
+
+def right_answers(outputs: Tensor, labels: Tensor) -> Tensor:
+    """(N,): whether the largest entry of each row is the label."""
+    return outputs.argmax(1) == labels
 
 
 def confusion(outputs: Tensor, labels: Tensor, classes: int) -> np.ndarray:

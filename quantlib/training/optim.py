@@ -1,14 +1,17 @@
-"""Optimizers and schedules as data: what a run used is printed with it, and nothing but the epoch decides the learning rate."""
+"""Optimizers, schedules and parameter groups as data: a run prints what it used, and nothing but the epoch decides a learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def build(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr, self.betas, self.eps, weight_decay)
 
 
@@ -26,7 +29,7 @@ class Adam:
 class AdamW(Adam):
     """torch.optim.AdamW; weight decay shrinks the weights directly."""
 
-    def build(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr, self.betas, self.eps, weight_decay)
 
 
@@ -37,7 +40,7 @@ class SGD:
     momentum: float = 0.9
     nesterov: bool = False
 
-    def build(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr, self.momentum, 0, weight_decay, self.nesterov)
 
 
@@ -54,23 +57,29 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """Factor 1 - e / over; over=0: the number of epochs of the run."""
+    """Factor 1 - e / over; over=0: the number of epochs of the run, over=-1: one less, so that the last one has factor 0."""
 
     over: int = 0
 
     def factor(self, epoch: int, epochs: int) -> float:
-        return max(0.0, 1 - epoch / (self.over or epochs))
+        return max(0.0, 1 - epoch / (self.over if self.over > 0 else max(1, epochs + self.over)))
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Times `by` from each epoch of `at` on. Epochs count from 0; `at` counts epochs of the run, or is a share of it where below 1."""
+    """Times `by` from each epoch of `at` on; a tuple instead holds the factor from each of them on.
+
+    Epochs count from 0; `at` counts epochs of the run, or is a share of it where below 1.
+    """
 
     at: tuple[float, ...]
-    by: float = 0.1
+    by: float | tuple[float, ...] = 0.1
 
     def factor(self, epoch: int, epochs: int) -> float:
-        return self.by ** sum(epoch >= (point * epochs if point < 1 else point) for point in self.at)
+        passed = sum(epoch >= (point * epochs if point < 1 else point) for point in self.at)
+        if isinstance(self.by, tuple):
+            return (1.0, *self.by)[passed]
+        return self.by**passed
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,70 @@ class Warmup:
         return min(1.0, (epoch + 1) / self.over) * self.then.factor(epoch, epochs)
 
 
-Schedule = Constant | Linear | Steps | Cosine | Warmup
+@dataclass(frozen=True)
+class Ramp:
+    """In a straight line from `start` at epoch 0 to 1 at epoch `over`, that epoch included; then the following schedule's factor."""
+
+    over: int
+    start: float
+    then: Constant | Linear | Steps | Cosine = Constant()
+
+    def factor(self, epoch: int, epochs: int) -> float:
+        return self.start + (1 - self.start) * epoch / self.over if epoch <= self.over else self.then.factor(epoch, epochs)
+
+
+@dataclass(frozen=True)
+class EachStep:
+    """The schedule `of` with steps for epochs: step t of all T of the run has the factor of epoch t of T.
+
+    EachStep(Linear(over=-1)) is DiracDeltaNet's published "linear" policy, lr (1 - t / (T - 1)) before iteration t.
+    """
+
+    of: Constant | Linear | Steps | Cosine | Warmup | Ramp
+
+    def factor(self, epoch: int, epochs: int) -> float:
+        return self.of.factor(epoch, epochs)
+
+
+Schedule = Constant | Linear | Steps | Cosine | Warmup | Ramp | EachStep
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters in whose names the regular expression `names` is found, with settings of their own; None: those of the run.
+
+    A parameter belongs to the first group that finds it. The momentum of an epoch is momentum times momentum_schedule's factor. momentum
+    and nesterov are SGD's.
+    """
+
+    names: str
+    lr: float | None = None
+    weight_decay: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+    schedule: Schedule | None = None
+    momentum_schedule: Schedule = Constant()
+
+
+def split_parameters(named: Iterable[tuple[str, nn.Parameter]], groups: Sequence[Group]) -> list[tuple[Group, list[nn.Parameter]]]:
+    """Each group with its parameters, and last, as Group(""), those that no group takes. ValueError for a group that finds none."""
+    parts: list[tuple[Group, list[nn.Parameter]]] = [(group, []) for group in (*groups, Group(""))]
+    seen = []
+    for name, parameter in named:
+        seen.append(name)
+        next(members for group, members in parts if re.search(group.names, name)).append(parameter)
+    for group, members in parts[:-1]:
+        if not members:
+            raise ValueError(f"no parameter is left for the group {group.names!r}; there are {', '.join(seen)}")
+    return parts if parts[-1][1] else parts[:-1]
+
+
+def torch_groups(parts: Sequence[tuple[Group, list[nn.Parameter]]]) -> list[dict[str, Any]]:
+    """As torch's optimizers take them; what a group leaves open is the optimizer's."""
+    own = ("lr", "weight_decay", "momentum", "nesterov")
+    return [
+        {"params": members} | {name: getattr(group, name) for name in own if getattr(group, name) is not None} for group, members in parts
+    ]
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

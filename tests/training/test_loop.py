@@ -18,7 +18,9 @@ from quantlib.training import (
     Constant,
     DataError,
     Fit,
+    Group,
     Images,
+    Ramp,
     Steps,
     TrainingError,
     accuracy,
@@ -71,6 +73,67 @@ def test_one_step_is_plain_gradient_descent():
     for ours, p in zip(model.parameters(), twin.parameters(), strict=True):
         # the batch arrives in another order, and its sums are rounded in that order
         torch.testing.assert_close(ours.detach(), (p - 0.5 * (p.grad + 0.25 * p)).detach(), rtol=0, atol=1e-6)
+
+
+def test_groups_are_trained_with_their_own_settings(tmp_path):
+    """Two epochs of one batch each against the same written out: the bias has its own rate and a moving momentum; a score of our own."""
+    data, model, twin = made(8), line(), line()
+    group = Group("bias", lr=0.25, momentum=0.5, schedule=Steps((1,), 0.5), momentum_schedule=Ramp(1, 0.5))
+    settings = Fit(2, 8, lr=0.5, optimizer=SGD(momentum=0.0), schedule=Constant(), groups=(group,))
+    rows = fit(model, data, data, settings, out=tmp_path, score=distance, note=lambda: {"weights": 8})
+    velocity = torch.zeros(2)
+    for lr, momentum in ((0.25, 0.25), (0.125, 0.5)):
+        twin.zero_grad()
+        nn.functional.cross_entropy(twin(data.codes.float() / 255), data.labels).backward()
+        velocity = momentum * velocity + twin[1].bias.grad
+        with torch.no_grad():
+            twin[1].bias -= lr * velocity
+            twin[1].weight -= 0.5 * twin[1].weight.grad
+    for ours, p in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.detach(), p.detach(), rtol=0, atol=1e-6)  # another order of the batch, rounded in that order
+    assert [row.notes for row in rows] == [{"weights": 8}] * 2
+    assert rows[1].test_accuracy == pytest.approx(float(distance(predictions(model, data), data.labels).mean()), abs=1e-7)  # float32 scores
+    assert json.loads((tmp_path / "best.json").read_text())["notes"] == {"weights": 8}
+    assert fit(line(), data, data, settings, out=tmp_path, resume=True, score=distance) == rows
+    with pytest.raises(CheckpointError, match="kinds was .*distance"):
+        fit(line(), data, data, settings, out=tmp_path, resume=True)
+
+
+def distance(outputs, labels):
+    return (outputs.softmax(1)[torch.arange(len(labels)), labels]).clamp(0, 1)
+
+
+def test_a_checkpoint_of_an_older_version_continues(tmp_path):
+    """A setting that the checkpoint does not know had its default."""
+    data = made(16)
+    fit(line(), data, data, Fit(1, 8), out=tmp_path)
+    tensors, facts = load_checkpoint(tmp_path / "last.safetensors")
+    del facts["run"]["settings"]["groups"]
+    for row in facts["rows"]:
+        del row["notes"]
+    save_checkpoint(tmp_path / "last.safetensors", tensors, facts)
+    assert len(fit(line(), data, data, Fit(1, 8), out=tmp_path, resume=True)) == 1
+    with pytest.raises(CheckpointError, match="groups was \\[\\], now"):
+        fit(line(), data, data, Fit(1, 8, groups=(Group("bias", lr=1.0),)), out=tmp_path, resume=True)
+
+
+def test_images_that_are_shares_of_256():
+    data = made(4)
+    halves = Images(data.codes, data.labels, "made", levels=256)
+    assert torch.equal(next(iter(halves.read([torch.arange(4)], None, (0, 0))))[0], data.codes / 256)
+    seen = []
+    predictions(nn.Sequential(nn.Flatten(), Spy(seen)), halves)
+    assert torch.equal(seen[0], data.codes.flatten(1) / 256)
+
+
+class Spy(nn.Module):
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x):
+        self.seen.append(x)
+        return x
 
 
 def test_images_per_epoch_and_last_batch():

@@ -8,9 +8,23 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quantlib.layers import BinaryConv2d, FractionalConv2d, QuantSign
-from quantlib.training import SGD, Adam, AdamW, Constant, Cosine, CrossEntropy, Distillation, Linear, Steps, Warmup, load_teacher
+from quantlib.training import (
+    SGD,
+    Adam,
+    AdamW,
+    Constant,
+    Cosine,
+    CrossEntropy,
+    Distillation,
+    Group,
+    Linear,
+    Ramp,
+    Steps,
+    Warmup,
+    load_teacher,
+)
 from quantlib.training.losses import gate_pull
-from quantlib.training.optim import optimizer_state, restore_optimizer
+from quantlib.training.optim import optimizer_state, restore_optimizer, split_parameters, torch_groups
 from quantlib.training.steps import OPEN, density, use_gating, use_real_weights
 
 
@@ -26,6 +40,23 @@ def test_schedules():
     assert factors(Steps((0.4, 0.6, 0.8)), 250) == published == factors(Steps((100, 150, 200)), 250)
     assert factors(Cosine())[0] == 1 and np.allclose(factors(Cosine(0.2), 2), [1, 0.6], rtol=0, atol=1e-15)  # cos is not exact
     assert factors(Warmup(2, Linear())) == [0.5, 0.8, 0.6, 1 - 3 / 5, 1 - 4 / 5]
+    published = [*np.interp([0, 1, 2, 3], [0, 3], [5, 1]), 0.25]
+    assert np.allclose([Ramp(3, 5.0, Cosine()).factor(e, 6) for e in range(5)], published, rtol=0, atol=1e-15)  # cos is not exact
+
+
+def test_groups_take_parameters_once_and_in_order():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1))
+    groups = (Group(r"\.bias$", lr=0.5, momentum=0.2), Group(r"^2\.", weight_decay=0.25, nesterov=True))
+    parts = split_parameters(model.named_parameters(), groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [[names[id(p)] for p in members] for _, members in parts]
+    assert found == [["0.bias", "1.bias", "2.bias"], ["2.weight"], ["0.weight", "1.weight"]]
+    built = SGD(0.9).build(torch_groups(parts), 0.1, 0.01).param_groups
+    settings = [tuple(g[k] for k in ("lr", "weight_decay", "momentum", "nesterov")) for g in built]
+    assert settings == [(0.5, 0.01, 0.2, False), (0.1, 0.25, 0.9, True), (0.1, 0.01, 0.9, False)]
+    assert len(split_parameters(model.named_parameters(), (Group(""),))) == 1
+    with pytest.raises(ValueError, match="no parameter is left for the group 'gamma'; there are 0.weight, 0.bias"):
+        split_parameters(model.named_parameters(), (Group("gamma"),))
 
 
 @pytest.mark.parametrize("kind", [Adam(), AdamW(), SGD(), SGD(0.0)])
