@@ -109,10 +109,11 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Image files decoded when asked for, as float32 (3, size, size), normalised with mean and std.
+    """Image files decoded when asked for, as float32 (3, size, size): (pixel / levels - mean) / std.
 
-    Training (augment given): a random area of `crop` (a share) to the whole resized to size; lighting: standard deviation of the PCA colour
-    shift, 0 for none; Augment.flip mirrors half of them. Testing: the shorter side resized to `resize`, the middle cut out.
+    Training (augment given): a random area of `crop` (a share) to the whole cut out and resized to size; policy(PIL image, generator), such
+    as `autoaugment`, changes it; lighting: standard deviation of the PCA colour shift, 0 for none; Augment.flip mirrors half of them.
+    Testing: the shorter side resized to `resize`, the middle cut out.
     A file that cannot be read is noted in `unreadable`; while training the next file stands in for it, while testing it is left out.
     """
 
@@ -125,6 +126,8 @@ class ImageFiles:
     crop: float = 0.08
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    levels: int = 255
+    policy: Callable[[Any, np.random.Generator], Any] | None = None
     strict: bool = False
     unreadable: dict[str, str] = field(default_factory=dict)
 
@@ -161,12 +164,13 @@ class ImageFiles:
             return image.convert("RGB")
 
     def training_image(self, picture: Any, augment: Augment, generator: np.random.Generator) -> Tensor:
-        """The published order: crop, lighting, flip, normalise."""
+        """The published order: crop, policy or lighting, flip, normalise."""
         from PIL import Image
 
         left, top, width, height = random_area(picture.width, picture.height, generator, self.crop)
         box = (left, top, left + width, top + height)
-        pixels = np.asarray(picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
+        picture = picture.crop(box).resize((self.size, self.size), Image.Resampling.BILINEAR)
+        pixels = np.asarray(self.policy(picture, generator) if self.policy else picture)
         if self.lighting:
             pixels = lit(pixels, generator.normal(0.0, self.lighting, 3))
         if augment.flip and generator.random() < 0.5:
@@ -177,8 +181,7 @@ class ImageFiles:
         """uint8 (size, size, 3)."""
         from PIL import Image
 
-        scale = self.resize / min(picture.size)
-        width, height = (max(self.resize, int(side * scale)) for side in picture.size)
+        width, height = (int(self.resize * side / min(picture.size)) for side in picture.size)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         resized = picture.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(resized.crop((left, top, left + self.size, top + self.size)))
@@ -200,7 +203,7 @@ class ImageFiles:
         return Images(codes, torch.tensor(labels), f"{len(labels)} of {self.name}")
 
     def normalised(self, pixels: np.ndarray) -> Tensor:
-        x = as_real(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
+        x = as_real(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), self.levels)
         return (x - torch.tensor(self.mean).reshape(-1, 1, 1)) / torch.tensor(self.std).reshape(-1, 1, 1)
 
 

@@ -1,4 +1,4 @@
-"""AutoAugment: every operation at every magnitude against formulas on arrays, the table against the published list, the chances by counting."""
+"""AutoAugment: every operation at every magnitude against formulas on arrays, the table against the published list, all outcomes."""
 
 from itertools import product
 

@@ -193,6 +193,31 @@ def test_testing_images_against_torchvision(files):
     assert all(any(torch.equal(a, b) for b in ours) for a in x)
 
 
+def test_sides_after_resizing_against_torchvision(files):
+    """Sizes whose ratio times 256 is a whole number that a product of floats would miss are among these."""
+    transforms = pytest.importorskip("torchvision.transforms")
+    data, generator = image_files(files, "val", size=24, resize=256), np.random.default_rng(2)
+    for height, width in [(49, 98), (147, 49), (49, 343), (30, 30), (31, 97)]:
+        picture = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        theirs = transforms.CenterCrop(24)(transforms.Resize(256)(picture))
+        assert np.array_equal(data.test_pixels(picture), np.asarray(theirs))
+
+
+def test_training_images_are_cut_out_then_resized_then_changed(files):
+    functional = pytest.importorskip("torchvision.transforms.functional")
+
+    def policy(picture, generator):
+        return picture.point([(v + int(generator.integers(1, 9))) % 256 for v in range(256)] * 3)
+
+    data = image_files(files, "train", size=16, resize=18, lighting=0.0, policy=policy, levels=128, mean=(1.0,) * 3, std=(1.0,) * 3)
+    for n in range(6):
+        draw, picture = np.random.default_rng([0, 1, 2, n]), data.decode(n)
+        left, top, width, height = random_area(picture.width, picture.height, draw)
+        cut = policy(functional.resized_crop(picture, top, left, height, width, [16, 16]), draw)
+        (x, _) = next(iter(data.read([torch.tensor([n])], Augment(), (0, 1))))
+        assert torch.equal(128 * x[0] + 128, torch.from_numpy(np.asarray(cut).astype(np.float32).transpose(2, 0, 1)))
+
+
 def test_unreadable_files_do_not_end_an_epoch(files):
     broken = files / "train" / "class0" / "2.png"
     broken.write_bytes(broken.read_bytes()[:60])
