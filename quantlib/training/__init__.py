@@ -5,6 +5,6 @@ from quantlib.training.data import Augment, DataError, ImageFiles, Images, cifar
 from quantlib.training.logs import Epoch
 from quantlib.training.loop import Fit, TrainingError, fit, is_main_process
 from quantlib.training.losses import CrossEntropy, Distillation, load_teacher
-from quantlib.training.metrics import accuracy, batched, confusion, predictions, right_answers
-from quantlib.training.optim import SGD, Adam, AdamW, Constant, Cosine, Group, Linear, Ramp, Steps, Warmup
+from quantlib.training.metrics import accuracy, batched, confusion, predictions, right_among, right_answers
+from quantlib.training.optim import SGD, Adam, AdamW, Constant, Cosine, EachStep, Group, Linear, Ramp, Steps, Warmup
 from quantlib.training.steps import density, use_gating, use_real_weights

@@ -16,7 +16,8 @@ from quantlib.training.checkpoint import write_bytes
 class Epoch:
     """One row of a run. loss and train_accuracy: means over the epoch, measured while training; lr: of this epoch; images: trained on.
 
-    The accuracies are means of the run's score: right answers unless it has another one. notes: JSON facts of the run's own.
+    The accuracies are means of the run's score: right answers unless it has another one. notes: JSON facts of the run's own. more: means of
+    its further scores, as "train <name>" and "test <name>". lr of a schedule that changes it with each step: at the first one.
     """
 
     number: int
@@ -27,6 +28,7 @@ class Epoch:
     images: int = 0
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, float] = field(default_factory=dict)
 
     @property
     def images_per_second(self) -> float:
@@ -57,8 +59,9 @@ class Logs:
         if self.folder:
             self._write()
         if self.events:
-            for name in ("loss", "train_accuracy", "test_accuracy", "lr", "images_per_second"):
-                self.events.add_scalar(name, getattr(row, name), row.number)
+            shown = ("loss", "train_accuracy", "test_accuracy", "lr", "images_per_second")
+            for name, value in ({name: getattr(row, name) for name in shown} | row.more).items():
+                self.events.add_scalar(name, value, row.number)
             self.events.flush()
 
     def close(self) -> None:
@@ -67,9 +70,10 @@ class Logs:
 
     def _write(self) -> None:
         assert self.folder is not None
-        exact = [[asdict(row)[name] for name in _EXACT] for row in self.rows]
+        more = list(self.rows[-1].more) if self.rows else []
+        exact = [[asdict(row)[name] for name in _EXACT] + [row.more[name] for name in more] for row in self.rows]
         speed = [[row.number, f"{row.seconds:.2f}", f"{row.images_per_second:.1f}"] for row in self.rows]
-        write_bytes(self.folder / "log.csv", _csv([list(_EXACT), *exact]))
+        write_bytes(self.folder / "log.csv", _csv([[*_EXACT, *more], *exact]))
         write_bytes(self.folder / "speed.csv", _csv([["number", "seconds", "images_per_second"], *speed]))
 
 

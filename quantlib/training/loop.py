@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from quantlib.training.losses import CrossEntropy, gate_pull
 from quantlib.training.metrics import evaluating, right_answers
 from quantlib.training.optim import (
     Adam,
+    EachStep,
     Group,
     Linear,
     Optimizer,
@@ -93,17 +94,23 @@ def fit(
     resume: bool = False,
     score: Score = right_answers,
     note: Callable[[], dict[str, Any]] | None = None,
+    also: Mapping[str, Score] | None = None,
+    each_epoch: Callable[[Sequence[Epoch]], None] | None = None,
 ) -> list[Epoch]:
     """Trains in place and returns one row per epoch. The same settings on the same machine give the same weights.
 
     loss: called with (outputs, labels, images), by default `CrossEntropy()`. score: called with (outputs, labels), one number in [0, 1] per
     image; its mean stands where an accuracy is named. note: called after each epoch's training; its JSON facts stand in the row.
+    also: further such functions (any range) by name; their means stand in `Epoch.more`. each_epoch: called in the main process with all
+    rows after each epoch.
     out: folder for last.safetensors (all a resumed run needs), best.safetensors (weights of the best test accuracy, the latest among
     equals) with best.json, log.csv, speed.csv, TensorBoard events; None: nothing is written. resume: continue from last.safetensors where
     there is one; otherwise an old one is removed. The model is left on the device it came from, with its last weights. TrainingError when
     the loss is not finite, CheckpointError when a checkpoint belongs to other settings.
     """
-    return _Run(model, train, test, settings, loss or CrossEntropy(), title, Path(out) if out else None, score, note).run(resume)
+    return _Run(
+        model, train, test, settings, loss or CrossEntropy(), title, Path(out) if out else None, score, note, also or {}, each_epoch
+    ).run(resume)
 
 
 class _Run:
@@ -118,6 +125,8 @@ class _Run:
         out: Path | None,
         score: Score,
         note: Callable[[], dict[str, Any]] | None,
+        also: Mapping[str, Score],
+        each_epoch: Callable[[Sequence[Epoch]], None] | None,
     ) -> None:
         from accelerate import Accelerator
 
@@ -128,7 +137,8 @@ class _Run:
         self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         if settings.batch % self.world:
             raise TrainingError(f"a batch of {settings.batch} images does not split evenly over {self.world} processes")
-        self.loss, self.score, self.note = loss.to(self.device), score, note
+        self.loss, self.score, self.note, self.each_epoch = loss.to(self.device), score, note, each_epoch
+        self.also = dict(also)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.to(self.device)
@@ -139,7 +149,7 @@ class _Run:
         self.model, self.optimizer = self.accelerator.prepare(torch.compile(model) if settings.compile else model, optimizer)
         self.rows: list[Epoch] = []
         self.epoch, self.step, self.seconds, self.best = 0, 0, 0.0, -1.0
-        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, score, images: of this process, in this epoch
+        self.sums = torch.zeros(3 + len(also), dtype=torch.float64)  # loss, score, images, further: of this process, in this epoch
 
     def run(self, resume: bool) -> list[Epoch]:
         settings = self.settings
@@ -154,6 +164,8 @@ class _Run:
                 self.rows.append(row)
                 logs.add(row)
                 self.bar.row(row)
+                if self.each_epoch and self.accelerator.is_main_process:
+                    self.each_epoch(self.rows)
                 self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
                 self.sums.zero_()
                 if row.test_accuracy >= self.best:
@@ -173,12 +185,6 @@ class _Run:
         from accelerate.utils import broadcast
 
         settings, started = self.settings, time.perf_counter() - self.seconds
-        factor = settings.schedule.factor(self.epoch, settings.epochs)
-        for group, ours, momentum in zip(self.optimizer.param_groups, self.groups, self.momenta, strict=True):
-            own = factor if ours.schedule is None else ours.schedule.factor(self.epoch, settings.epochs)
-            group["lr"] = (settings.lr if ours.lr is None else ours.lr) * own
-            if "momentum" in group:
-                group["momentum"] = momentum * ours.momentum_schedule.factor(self.epoch, settings.epochs)
         batches = self._batches()
         mine = [rows[self.rank :: self.world] for rows in batches[self.step :]]
         augment = Augment(settings.shift, settings.flip)
@@ -186,6 +192,7 @@ class _Run:
         self.bar.epoch(self.epoch + 1, len(batches), self.step)
         known = len(self.train.unreadable)
         for x, y in self.train.read(mine, augment, (settings.seed, self.epoch), settings.workers):
+            self._set_rates(len(batches))
             self._one_step(x, y, len(batches[self.step]))
             self.step += 1
             self.seconds = time.perf_counter() - started
@@ -193,13 +200,31 @@ class _Run:
             known = self._report_unreadable(self.train, known)
             if settings.save_every and self.step % settings.save_every == 0 and self.step < len(batches):
                 self._save()
-        total, right, count = self._check(self._of_all(self.sums).sum(0).tolist())
+        total, right, count, *further = self._check(self._of_all(self.sums).sum(0).tolist())
         if self.world > 1:  # running statistics of process 0 are the model's, as in DistributedDataParallel's forward
             for buffer in self.bare.buffers():
                 buffer.copy_(broadcast(buffer))
         notes = self.note() if self.note else {}
-        score = self._test_accuracy()
-        return Epoch(self.epoch + 1, total / count, right / count, score, settings.lr * factor, int(count), self.seconds, notes)
+        score, *measured = self._test_scores()
+        more = {f"train {name}": value / count for name, value in zip(self.also, further, strict=True)}
+        more |= {f"test {name}": value for name, value in zip(self.also, measured, strict=True)}
+        lr = settings.lr * self._factor(settings.schedule, 0, len(batches))
+        return Epoch(self.epoch + 1, total / count, right / count, score, lr, int(count), self.seconds, notes, more)
+
+    def _factor(self, schedule: Schedule, step: int, steps: int) -> float:
+        """Of this epoch, or of this step of its `steps`."""
+        if isinstance(schedule, EachStep):
+            return schedule.factor(self.epoch * steps + step, self.settings.epochs * steps)
+        return schedule.factor(self.epoch, self.settings.epochs)
+
+    def _set_rates(self, steps: int) -> None:
+        """Learning rate and momentum of the coming step, for every group."""
+        settings = self.settings
+        for group, ours, momentum in zip(self.optimizer.param_groups, self.groups, self.momenta, strict=True):
+            factor = self._factor(ours.schedule or settings.schedule, self.step, steps)
+            group["lr"] = (settings.lr if ours.lr is None else ours.lr) * factor
+            if "momentum" in group:
+                group["momentum"] = momentum * self._factor(ours.momentum_schedule, self.step, steps)
 
     def _batches(self) -> list[Tensor]:
         """Indices of each step, of all processes together."""
@@ -223,12 +248,12 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(value * share + gate_pull(self.bare, settings.gate_target, settings.gate_decay))
         self.optimizer.step()
-        right = self.score(out.detach(), y).double().sum()
-        self.sums += torch.stack([value.detach().double() * len(x), right, right.new_tensor(len(x))]).cpu()
+        right, *further = (score(out.detach(), y).double().sum() for score in (self.score, *self.also.values()))
+        self.sums += torch.stack([value.detach().double() * len(x), right, right.new_tensor(len(x)), *further]).cpu()
 
-    def _test_accuracy(self) -> float:
-        """Mean score over readable images; each process takes its share, and the counts are added."""
-        counts = torch.zeros(2, dtype=torch.float64)
+    def _test_scores(self) -> list[float]:
+        """Means of the score and of the further ones over readable images; each process takes its share, and the counts are added."""
+        counts = torch.zeros(2 + len(self.also), dtype=torch.float64)
         known = len(self.test.unreadable)
         chunks = torch.arange(self.rank, len(self.test), self.world).split(self.settings.batch)
         with evaluating(self.bare):
@@ -237,10 +262,11 @@ class _Run:
                     x = x.contiguous(memory_format=torch.channels_last)
                 with self.accelerator.autocast():
                     out = self.bare(x.to(self.device))
-                counts += torch.tensor([float(self.score(out, y.to(self.device)).double().sum()), float(len(x))], dtype=torch.float64)
+                right, *further = (score(out, y.to(self.device)).double().sum() for score in (self.score, *self.also.values()))
+                counts += torch.stack([right, right.new_tensor(len(x)), *further]).cpu()
                 known = self._report_unreadable(self.test, known)
-        right, images = self._of_all(counts).sum(0).tolist()
-        return right / max(images, 1.0)
+        right, images, *further = self._of_all(counts).sum(0).tolist()
+        return [value / max(images, 1.0) for value in (right, *further)]
 
     def _of_all(self, counts: Tensor) -> Tensor:
         """(processes, ...): this tensor from every process."""
@@ -260,8 +286,9 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to continue this run."""
         settings = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
-        kinds = {k: type(getattr(self.settings, k)).__name__ for k in ("optimizer", "schedule")}
+        kinds: dict[str, Any] = {k: type(getattr(self.settings, k)).__name__ for k in ("optimizer", "schedule")}
         kinds |= {"groups": repr(self.settings.groups)} if self.settings.groups else {}
+        kinds |= {"also": list(self.also)} if self.also else {}
         kinds |= {"score": self.score.__qualname__} if self.score is not right_answers else {}
         facts: dict[str, Any] = {"settings": settings, "kinds": kinds, "loss": repr(self.loss), "processes": self.world}
         facts |= {k: f"{data.name}, {len(data)} images" for k, data in (("train", self.train), ("test", self.test))}

@@ -25,30 +25,45 @@ class CrossEntropy(nn.Module):
 
 
 class Distillation(nn.Module):
-    """(1 - label_weight) t^2 KL(softmax(teacher / t) || softmax(outputs / t)) + label_weight * cross entropy, means over the batch.
+    """(1 - label_weight) t^2 D(softmax(teacher / t), softmax(outputs / t)) + label_weight * cross entropy, means over the batch.
 
-    teacher: any module of images, frozen here; mode "eval" uses its running statistics, "train" those of the batch (as FracBNN's published
-    script, where train() on the whole model reaches the teacher). Source: Hinton et al., arXiv 1503.02531; FracBNN: t = 1, no labels.
+    D(p, q): form "divergence" is sum_c p_c log(p_c / q_c), form "cross entropy" is - sum_c p_c log q_c; they differ by the entropy of p,
+    which has no gradient. Gradient of either to the outputs at t = 1, without labels: (softmax(outputs) - p) / batch.
+    teacher: any module of images, frozen here; mode "eval" uses its running statistics, "train" those of the batch (as the published
+    scripts of FracBNN and DiracDeltaNet, where train() on the whole model reaches the teacher).
+    Source: Hinton et al., arXiv 1503.02531; FracBNN: t = 1, no labels. Label refinery (Bagherinezhad et al., arXiv 1805.02641), as
+    DiracDeltaNet uses it: t = 1, no labels, form "cross entropy".
     """
 
     def __init__(
-        self, teacher: nn.Module, temperature: float = 1.0, label_weight: float = 0.0, mode: Literal["eval", "train"] = "eval"
+        self,
+        teacher: nn.Module,
+        temperature: float = 1.0,
+        label_weight: float = 0.0,
+        mode: Literal["eval", "train"] = "eval",
+        form: Literal["divergence", "cross entropy"] = "divergence",
     ) -> None:
         super().__init__()
         self.teacher = teacher.requires_grad_(False).train(mode == "train")
-        self.temperature, self.label_weight, self.mode = temperature, label_weight, mode
+        self.temperature, self.label_weight, self.mode, self.form = temperature, label_weight, mode, form
 
     def forward(self, outputs: Tensor, labels: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
             target = F.softmax(self.teacher(images).float() / self.temperature, 1)
-        loss = F.kl_div(F.log_softmax(outputs.float() / self.temperature, 1), target, reduction="batchmean") * self.temperature**2
+        outputs = outputs.float()
+        if self.form == "cross entropy":
+            loss = F.cross_entropy(outputs / self.temperature, target)
+        else:
+            loss = F.kl_div(F.log_softmax(outputs / self.temperature, 1), target, reduction="batchmean")
+        loss = loss * self.temperature**2
         if self.label_weight:
             loss = (1 - self.label_weight) * loss + self.label_weight * F.cross_entropy(outputs, labels)
         return loss
 
     def __repr__(self) -> str:
         name = type(self.teacher).__name__
-        return f"Distillation({name}, temperature={self.temperature}, label_weight={self.label_weight}, mode={self.mode!r})"
+        settings = f"temperature={self.temperature}, label_weight={self.label_weight}, mode={self.mode!r}, form={self.form!r}"
+        return f"Distillation({name}, {settings})"
 
 
 def load_teacher(name: str, weights: str | Path, classes: int = 1000) -> nn.Module:

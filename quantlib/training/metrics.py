@@ -47,6 +47,11 @@ def right_answers(outputs: Tensor, labels: Tensor) -> Tensor:
     return outputs.argmax(1) == labels
 
 
+def right_among(outputs: Tensor, labels: Tensor, most: int = 5) -> Tensor:
+    """(N,): whether the label is among the `most` largest entries of each row (all of them where there are fewer)."""
+    return (outputs.topk(min(most, outputs.shape[1]), 1).indices == labels[:, None]).any(1)
+
+
 def confusion(outputs: Tensor, labels: Tensor, classes: int) -> np.ndarray:
     """counts[true][predicted]."""
     cell = labels * classes + outputs.argmax(1)

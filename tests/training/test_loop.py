@@ -17,9 +17,11 @@ from quantlib.training import (
     CheckpointError,
     Constant,
     DataError,
+    EachStep,
     Fit,
     Group,
     Images,
+    Linear,
     Ramp,
     Steps,
     TrainingError,
@@ -29,6 +31,7 @@ from quantlib.training import (
     fit,
     image_files,
     predictions,
+    right_among,
 )
 from quantlib.training.checkpoint import load_checkpoint, save_checkpoint
 from quantlib.training.report import write
@@ -134,6 +137,37 @@ class Spy(nn.Module):
     def forward(self, x):
         self.seen.append(x)
         return x
+
+
+def test_a_rate_for_each_step_and_further_scores(tmp_path):
+    """Three epochs of two steps, written out: rates 1, 4/5, ... 0 of 0.5, and the means of two more numbers."""
+    data, seen = made(8), []
+
+    class Watched(SGD):
+        def build(self, parameters, lr, weight_decay):
+            optimizer = super().build(parameters, lr, weight_decay)
+            optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(o.param_groups[0]["lr"]))
+            return optimizer
+
+    def settings(epochs=3):
+        return Fit(epochs, 4, lr=0.5, optimizer=Watched(), schedule=EachStep(Linear(over=-1)))
+
+    def entropy(outputs, labels):
+        return nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+    calls = []
+    also = {"top-5": right_among, "cross entropy": entropy}
+    model = line()
+    rows = fit(model, data, data, settings(), out=tmp_path, also=also, each_epoch=lambda rows: calls.append(len(rows)))
+    assert seen == [0.5 * (1 - t / 5) for t in range(6)] and [r.lr for r in rows] == [0.5, 0.5 * (1 - 2 / 5), 0.5 * (1 - 4 / 5)]
+    assert calls == [1, 2, 3] and [r.more["train top-5"] for r in rows] == [1.0] * 3  # there are two classes
+    assert [round(r.more["train cross entropy"], 5) for r in rows] == [round(r.loss, 5) for r in rows]  # sums of float32 in other orders
+    assert rows[-1].more["test cross entropy"] == pytest.approx(entropy(predictions(model, data), data.labels).mean().item(), rel=1e-6)
+    header, *lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert header.endswith(",images,train top-5,train cross entropy,test top-5,test cross entropy") and len(lines) == 3
+    assert fit(line(), data, data, settings(), out=tmp_path, resume=True, also=also) == rows
+    with pytest.raises(CheckpointError, match="also"):
+        fit(line(), data, data, settings(), out=tmp_path, resume=True)
 
 
 def test_images_per_epoch_and_last_batch():

@@ -16,6 +16,7 @@ from quantlib.training import (
     Cosine,
     CrossEntropy,
     Distillation,
+    EachStep,
     Group,
     Linear,
     Ramp,
@@ -102,6 +103,43 @@ def test_distillation():
     assert torch.equal(mixed(out, labels, x), 0.75 * soft + 0.25 * F.cross_entropy(out, labels))
     assert not torch.equal(mixed.teacher(x), Distillation(teacher, mode="eval").teacher(x))
     assert torch.equal(CrossEntropy(0.1)(out, labels, x), F.cross_entropy(out, labels, label_smoothing=0.1))
+
+
+@pytest.fixture(scope="module")
+def refinery(shared):
+    with np.load(shared / "golden" / "diracdeltanet_refinery.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@pytest.mark.parametrize("case", ["small", "imagenet"])
+def test_label_refinery_golden(refinery, case):
+    """DiracDeltaNet's training loss, its gradient, and the loss that stands beside it while testing."""
+    student, logits, labels = (torch.from_numpy(refinery[f"{case}/{name}"]) for name in ("student", "teacher", "target"))
+    teacher = nn.Linear(1, 1)
+    teacher.forward = lambda images: logits
+    out = student.clone().requires_grad_()
+    loss = Distillation(teacher, form="cross entropy")(out, labels, student)
+    # the reference adds up the products of a row in an order of its own
+    np.testing.assert_allclose(loss.item(), refinery[f"{case}/loss_train"], rtol=1e-6, atol=0)
+    np.testing.assert_allclose(loss.item() * len(labels), refinery[f"{case}/loss_train_sum"], rtol=1e-6, atol=0)
+    loss.backward()
+    assert np.array_equal(out.grad.numpy(), refinery[f"{case}/grad_student"])
+    assert CrossEntropy()(student, labels, student).item() == refinery[f"{case}/loss_eval"]
+
+    p, log_q = logits.double().softmax(1), student.double().log_softmax(1)
+    double = Distillation(teacher, form="cross entropy")(student.double(), labels, student)
+    torch.testing.assert_close(double.double(), -(p * log_q).sum(1).mean(), rtol=1e-6, atol=0)  # the loss is computed in float32
+    entropy = -(p * p.log()).sum(1).mean()
+    divergence = Distillation(teacher)(student, labels, student)
+    torch.testing.assert_close(divergence.double(), double.double() - entropy, rtol=1e-5, atol=0)
+
+
+def test_learning_rates_golden(refinery):
+    """DiracDeltaNet's policies at their defaults, bit by bit."""
+    steps, linear = int(refinery["lr_linear/total_iterations"]), EachStep(Linear(over=-1))
+    assert [0.5 * linear.factor(int(t), steps) for t in refinery["lr_linear/iteration"]] == refinery["lr_linear/lr"].tolist()
+    step = Steps((20, 30, 40), (1 / 5, 1 / 25, 1 / 125))
+    assert [0.5 * step.factor(int(e), 90) for e in refinery["lr_step/epoch"]] == refinery["lr_step/lr"].tolist()
 
 
 def test_teacher_from_a_file(tmp_path):
