@@ -3,9 +3,9 @@
 from quantlib.layers._base import Layer as Layer
 from quantlib.layers.binary_conv2d import BinaryConv2d as BinaryConv2d
 from quantlib.layers.binary_linear import BinaryLinear as BinaryLinear
-from quantlib.layers.divided_clip import DividedClip as DividedClip
 from quantlib.layers.constant_step_conv2d import ConstantStepConv2d as ConstantStepConv2d
 from quantlib.layers.constant_step_linear import ConstantStepLinear as ConstantStepLinear
+from quantlib.layers.divided_clip import DividedClip as DividedClip
 from quantlib.layers.dorefa_activation import DorefaActivation as DorefaActivation
 from quantlib.layers.dorefa_conv2d import DorefaConv2d as DorefaConv2d
 from quantlib.layers.fixed_point import FixedPoint as FixedPoint
@@ -23,8 +23,8 @@ from quantlib.layers.shared_hard_tanh import SharedHardTanh as SharedHardTanh
 from quantlib.layers.shift2d import Shift2d as Shift2d
 from quantlib.layers.shift_conv2d import ShiftConv2d as ShiftConv2d
 from quantlib.layers.shift_shuffle import ShiftShuffle as ShiftShuffle
+from quantlib.layers.space_to_depth import SpaceToDepth as SpaceToDepth
 from quantlib.layers.tanh_conv2d import TanhConv2d as TanhConv2d
 from quantlib.layers.tanh_linear import TanhLinear as TanhLinear
-from quantlib.layers.space_to_depth import SpaceToDepth as SpaceToDepth
 from quantlib.layers.thermometer_encoder import ThermometerEncoder as ThermometerEncoder
 from quantlib.layers.trunc_avg_pool import TruncAvgPool as TruncAvgPool

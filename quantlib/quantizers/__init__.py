@@ -1,7 +1,6 @@
 """Quantizers: pure functions with their gradients (`functions`) and named Brevitas injectors built from them (`injectors`)."""
 
 from quantlib.quantizers.constant_steps import ConstantStepWeight, HalfWaveAct, constant_step, half_wave, image_floor
-from quantlib.quantizers.dorefa import DorefaAct, DorefaWeight, dorefa_activation, dorefa_weight
 from quantlib.quantizers.diracdeltanet import (
     TanhClassifierBias,
     TanhClassifierWeight,
@@ -12,6 +11,7 @@ from quantlib.quantizers.diracdeltanet import (
     tanh_classifier,
     tanh_weight,
 )
+from quantlib.quantizers.dorefa import DorefaAct, DorefaWeight, dorefa_activation, dorefa_weight
 from quantlib.quantizers.functions import (
     binary_sign,
     fixed_point,
