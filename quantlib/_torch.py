@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _AFFINE = """
 add radd iadd sub rsub isub subtract mul rmul imul multiply neg negative div truediv itruediv divide true_divide batch_norm
 """.split()
+_PRODUCT = ("mul", "rmul", "imul", "multiply")
 # monotone in each argument, for fixed other arguments
 _MONOTONE_FUNCTIONS = """
 relu relu6 hardtanh clamp clip clamp_min clamp_max sigmoid tanh hardsigmoid softplus logsigmoid softsign sign round floor ceil
@@ -101,13 +102,15 @@ def _elementwise_function(g: Lowering, call: Call, name: str, args: tuple[Any, .
     sources = refs((call.args, call.kwargs))
     if name in ("add", "radd", "iadd") and len(values) == 2 and not kwargs:
         return g.sum(*values)
+    if name in _PRODUCT and len(values) == 2 and not kwargs and isinstance(values[0], Edge) and isinstance(values[1], Edge):
+        return g.product(values[0], values[1])
     mono, affine = ELEMENTWISE[name]
     if name == "batch_norm" and (kwargs.get("training", args[5] if len(args) > 5 else False) or (*args, *[None] * 3)[1] is None):
         raise ConversionError(f"{g.path}: batch norm on the statistics of the batch depends on the other images; {_TRACK}")
     flag: bool | np.ndarray = mono
     if name in ("div", "truediv", "itruediv", "divide", "true_divide") and (len(values) > 1 or not isinstance(call.args[0], Ref)):
         flag, affine = False, False
-    if name in ("mul", "rmul", "imul", "multiply") and len(values) > 1:
+    if name in _PRODUCT and len(values) > 1:
         affine = False
     if name == "leaky_relu":
         slope = call.kwargs.get("negative_slope", call.args[1] if len(call.args) > 1 else 0.01)

@@ -238,6 +238,13 @@ class Lowering:
             return self.add(ops.Add(), x, y)
         return Map(lambda a, b: a + b, (x, y), self.path, affine=True, uniform=True)
 
+    def product(self, x: Edge, y: Edge) -> Edge:
+        """x * y as integers; one of them may be one factor per channel."""
+        for a, b in ((x, y), (y, x)):
+            if b.shape in (a.shape, ops.Multiply.gate(a.type)):
+                return self.add(ops.Multiply(), a, b)
+        return self.add(ops.Multiply(), *self._spread((x, y)))
+
     # -------------------------------------------------------- convolutions
 
     def conv2d(

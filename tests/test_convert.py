@@ -41,7 +41,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantlib as ql
-from quantlib.layers import FixedPoint, LearnedScaleReLU, ScaledIntConv2d, ScaledIntLinear, SharedHardTanh, TruncAvgPool
+from quantlib import ops
+from quantlib.layers import (
+    FixedPoint,
+    LearnedScaleHardTanh,
+    LearnedScaleReLU,
+    ScaledIntConv2d,
+    ScaledIntLinear,
+    SharedHardTanh,
+    TruncAvgPool,
+)
 
 UINT8 = ql.Grid(0, 255, 1 / 255)
 
@@ -1438,3 +1447,29 @@ def test_stock_network_is_exact(name: str) -> None:
         torch.testing.assert_close(ql.run(graph, x).double(), want, rtol=1e-6, atol=1e-6 * float(want.abs().max() + 1))
     part = ql.run(graph, x[:3], integers=True)
     assert all(torch.equal(v[:3], part[k]) for k, v in ql.run(graph, x, integers=True).items())
+
+
+class SqueezeExcite(nn.Module):
+    """Codes, a gate per channel computed from their mean, and the product behind a step that is not monotone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.mean = LearnedScaleHardTanh(6, init=3.0), LearnedScaleHardTanh(8, init=3.0)
+        self.fc, self.gate = ScaledIntLinear(6, 6, bits=5), LearnedScaleReLU(7, init=1.0)
+        self.product, self.out = LearnedScaleHardTanh(8, init=2.0), LearnedScaleHardTanh(4, init=2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.x(x)
+        gate = self.gate(F.hardsigmoid(self.fc(self.mean(x.mean((2, 3))))))
+        return self.out(F.hardswish(self.product(gate.view(-1, 6, 1, 1) * x)))
+
+
+def test_squeeze_excite_multiplies_integers() -> None:
+    torch.manual_seed(4)
+    model = SqueezeExcite().eval()
+    graph = ql.convert(model, (6, 5, 4))
+    product = next(n for n in graph.nodes if isinstance(n.op, ops.Multiply))
+    assert [graph.by_name[i].type.shape for i in product.inputs] == [(6, 5, 4), (6, 1, 1)]
+    x = 3 * torch.randn(4, 6, 5, 4)
+    assert ql.verify(model, graph, x).ok
+    assert torch.equal(ql.run(graph, x), model.double()(x.double()).float())

@@ -113,7 +113,7 @@ def test_wrong_shapes_and_counts_are_graph_errors(name: str, i: int) -> None:
             op.infer(*types, types[0], *types)
     with pytest.raises(GraphError, match=name):
         op.infer()
-    if name in ("Add", "Join", "AffineJoin", "Concat"):
+    if name in ("Add", "Multiply", "Join", "AffineJoin", "Concat"):
         odd = IntType((*types[-1].shape[:-1], types[-1].shape[-1] + 1, 1), types[-1].lo, types[-1].hi, 1.0, types[-1].step)
         with pytest.raises(GraphError, match=name):
             op.infer(*types[:-1], odd)

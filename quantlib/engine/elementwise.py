@@ -11,8 +11,8 @@ from quantlib.engine.program import INT32, TABLE, Builder, Refused, wide
 from quantlib.ir import Graph, IntType, Node
 
 # in the order of Step in map.hpp
-STEPS = "LOAD STORE ADD REQUANT COMPARE SEARCH LOOKUP DIGIT JOIN OFFSET".split()
-ELEMENTWISE = (ops.Add, ops.Requant, ops.Threshold, ops.Lut, ops.Join, ops.AffineJoin)
+STEPS = "LOAD STORE ADD REQUANT COMPARE SEARCH LOOKUP DIGIT JOIN MULTIPLY GATE OFFSET".split()
+ELEMENTWISE = (ops.Add, ops.Multiply, ops.Requant, ops.Threshold, ops.Lut, ops.Join, ops.AffineJoin)
 BLOCK = 256  # elements per block at least
 LONGEST = 8  # ops per group: slots and constants stay in the first cache
 COMPARES = 15  # more levels are searched or looked up
@@ -36,13 +36,18 @@ def _wide(graph: Graph, node: Node) -> bool:
     return any(map(wide, (*x, node.type))) or (isinstance(node.op, ops.AffineJoin) and node.op.magnitude(*x) >= INT32 - 1)
 
 
+def _gate(graph: Graph, node: Node, name: str) -> bool:
+    """Whether an input is one factor per channel, which is read where it lies."""
+    return isinstance(node.op, ops.Multiply) and name == node.inputs[1] and graph.by_name[name].type.shape != node.type.shape
+
+
 def emit(b: Builder, nodes: Sequence[Node], kept: Sequence[str]) -> None:
     """One record for the group; `kept` names the edges that others read."""
     is_wide = _wide(b.graph, nodes[0])
     steps = _Steps(b, nodes[0].type, np.int64 if is_wide else np.int32)
     last = {i: k for k, n in enumerate(nodes) for i in n.inputs}
     for k, node in enumerate(nodes):
-        inputs = [steps.get(i) for i in node.inputs]
+        inputs = [steps.get(i) for i in node.inputs if not _gate(b.graph, node, i)]
         temporary: list[int] = []
         steps.slot[node.name] = steps.op(node, inputs, temporary)
         if node.name in kept:
@@ -99,6 +104,13 @@ class _Steps:
         if isinstance(op, ops.Add):
             y = self.new()
             self.add("ADD", inputs[0], y, inputs[1])
+        elif isinstance(op, ops.Multiply) and len(inputs) == 2:
+            y = self.new()
+            self.add("MULTIPLY", inputs[0], y, inputs[1])
+        elif isinstance(op, ops.Multiply):
+            y, gate = self.new(), self.new()
+            temporary.append(gate)
+            self.add("GATE", inputs[0], y, gate, self.channels, *self.b.place(node.inputs[1]))
         elif isinstance(op, ops.Requant):
             y = self.new()
             self.requant(op, x[0], inputs[0], y)

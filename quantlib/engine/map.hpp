@@ -8,7 +8,7 @@
 namespace ql {
 
 enum Step {  // in the order of STEPS in elementwise.py
-    LOAD, STORE, ADD, REQUANT, COMPARE, SEARCH, LOOKUP, DIGIT, JOIN, OFFSET
+    LOAD, STORE, ADD, REQUANT, COMPARE, SEARCH, LOOKUP, DIGIT, JOIN, MULTIPLY, GATE, OFFSET
 };
 
 /// y = clamp((x*mul + add) >> shift, lo, hi), or with mul2, add2 where x < kink. A is wide enough for every product.
@@ -168,6 +168,19 @@ void map_block(Reader r, i64 steps, u8* arena, S* slots, i64 tile, i64 at, i64 n
                 } else {
                     for (i64 i = 0; i < n; ++i) y[i] = base[z[i]] + step[z[i]] * reached(x[i], t + z[i] * levels, levels);
                 }
+                break;
+            }
+            case MULTIPLY: {
+                const S* __restrict z = slots + r() * tile;
+                for (i64 i = 0; i < n; ++i) y[i] = x[i] * z[i];
+                break;
+            }
+            case GATE: {  // one factor per channel, loaded from its map
+                S* __restrict z = slots + r() * tile;
+                const i64 channels = r(), code = r(), offset = r();
+                load(code, arena + offset, 0, z, channels);
+                for (i64 p = 0; p < n; p += channels)
+                    for (i64 c = 0; c < channels; ++c) y[p + c] = x[p + c] * z[c];
                 break;
             }
             default: {  // OFFSET: y = x*factor + offset[z]

@@ -16,6 +16,7 @@ from quantlib.ops.input import Input
 from quantlib.ops.join import Join
 from quantlib.ops.lut import Lut
 from quantlib.ops.max_pool import MaxPool
+from quantlib.ops.multiply import Multiply
 from quantlib.ops.pad import Pad
 from quantlib.ops.rearrange import Rearrange
 from quantlib.ops.requant import Requant
@@ -43,6 +44,7 @@ __all__ = [
     "Join",
     "Lut",
     "MaxPool",
+    "Multiply",
     "Op",
     "Pad",
     "Rearrange",

@@ -124,6 +124,14 @@ def Add(op: Any, c: int, a: int, b: int) -> int:
     return a + b
 
 
+@brute
+def Multiply(op: Any, y: Any, a: Array, b: Array) -> Array:
+    out = np.zeros(a.shape, dtype=object)
+    for place in places(a.shape):
+        out[place] = int(a[place]) * int(b[place] if b.shape == a.shape else b.reshape(-1)[place[0]])
+    return out
+
+
 def narrow(op: Any, codes: tuple[int, ...]) -> int:
     k = 0
     for n, size, low, step in zip(codes, op.sizes, op.lows, op.steps, strict=True):
