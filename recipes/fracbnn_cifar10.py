@@ -13,21 +13,20 @@ The steps are one model with switches.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import quantlib as ql
 import zoo
-from quantlib.training import Epoch, Fit, Images, accuracy, digits, fit, is_main_process, predictions, read_images
-from quantlib.training.deploy import Seconds, accuracy_section, curve_facts, deploy, hardware_section, integer_accuracy, training_section
+from quantlib.training import Epoch, Fit, accuracy, fit, is_main_process, predictions, read_images
+from quantlib.training.deploy import Seconds, deploy, finish, integer_accuracy
 from quantlib.training.flags import parse
 from quantlib.training.optim import Linear, Schedule, Steps
-from quantlib.training.report import page, table, text, write, write_json
+from quantlib.training.smoke import enlarged_digits
 from quantlib.training.steps import density, use_gating, use_real_weights
 
 PUBLISHED = {"LUT": 51_444, "DSP": 126, "BRAM18": 212, "frames/s": 2806.9, "MHz": 250}  # paper, accelerator on Ultra96-V2
@@ -96,12 +95,6 @@ def options(argv: list[str] | None) -> Config:
     return config
 
 
-def sample(split: str, count: int) -> Images:
-    """The smoke test's images: digits enlarged to 32x32, in three channels."""
-    few = digits(split)[:count]
-    return Images(few.codes.repeat_interleave(4, 2).repeat_interleave(4, 3).repeat(1, 3, 1, 1), few.labels, few.name)
-
-
 def grid(text: str) -> Any:
     """12,6 -> FixedPoint(12, 6); authors -> "authors"."""
     if text == "authors":
@@ -120,7 +113,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     with seconds("data"):
         if config.smoke:
-            train, test, others = sample("train", 96), sample("test", 40), {}
+            train, test, others = enlarged_digits("train", 96), enlarged_digits("test", 40), {}
         else:
             train = read_images(config.data, "train", config.strict)
             test = read_images(config.test or config.data, "test", config.strict)
@@ -182,44 +175,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for name, images in {test.name: test, **others}.items():
             scores[f"integers {config.fixed_point}, {name}"] = integer_accuracy(done.graph, images)
 
-    result = {
-        "config": asdict(config),
-        "accuracy": scores,
-        "activation_bits": bits,
-        "images": {"train": len(train), "test": len(test)},
-        "unreadable": unreadable,
-        "training": curve_facts(curves),
-        "seconds": seconds.spent,
-        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
-        **done.facts,
-    }
-    write_json(out / "report.json", result)
-    sections = [
-        ("Accuracy", accuracy_section(scores) + text(f"average activation bits on {min(512, len(test))} test images: {bits:.3f}")),
-        ("Training", training_section(curves)),
-        ("Hardware", hardware_section(done, PUBLISHED)),
-        ("Integers against the model", text(str(done.check))),
-        ("Time", table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in seconds.spent.items()])),
-        ("Configuration", table(("option", "value"), result["config"].items())),
-    ]
-    write(out / "report.html", page("fracbnn_cifar10: from training to C++", sections))
-    console.print(summary(result, done))
-    console.print(f"report: {out / 'report.html'}   HLS project: {out / 'hls'}   weights: {folder / 'best.safetensors'}", highlight=False)
-    if not done.ok:
-        raise SystemExit("integers differ: see the report")
-    return result
-
-
-def summary(result: dict[str, Any], done: Any) -> Table:
-    rows = Table(title=f"fracbnn_cifar10 on {done.plan.part}", show_header=False, min_width=72)
-    for name, score in result["accuracy"].items():
-        rows.add_row(name, f"{100 * score:.2f} %")
-    rows.add_row("average activation bits", f"{result['activation_bits']:.3f}")
-    rows.add_row("codes that differ, integers against model", f"{done.check.mismatches:,} of {done.check.codes:,}")
-    rows.add_row("integers that differ, C++ against integers", f"{sum(result['cpp_mismatches'].values()):,}")
-    rows.add_row("cycles per image, frames per second", f"{done.plan.cycles:,}, {done.plan.fps:,.0f} at {done.plan.clock_mhz:g} MHz")
-    rows.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
-    return rows
+    facts = {"activation_bits": bits, "images": {"train": len(train), "test": len(test)}, "unreadable": unreadable}
+    shown = {f"average activation bits on {min(512, len(test))} test images": f"{bits:.3f}", "weights": str(folder / "best.safetensors")}
+    return finish("fracbnn_cifar10", out, config, scores, curves, seconds, done, PUBLISHED, facts, shown)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ The folder holds train/<class>/<image> and val/<class>/<image>. The teacher's we
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import quantlib as ql
@@ -31,16 +30,15 @@ from quantlib.training import (
     Fit,
     accuracy,
     batched,
-    digits,
     fit,
     image_files,
     is_main_process,
     load_teacher,
 )
-from quantlib.training.deploy import Seconds, accuracy_section, curve_facts, deploy, hardware_section, integer_accuracy, training_section
+from quantlib.training.deploy import Seconds, deploy, finish, integer_accuracy
 from quantlib.training.flags import parse
 from quantlib.training.optim import Linear
-from quantlib.training.report import page, table, text, write, write_json
+from quantlib.training.smoke import digit_files, untrained_teacher
 from quantlib.training.steps import density, use_gating, use_real_weights
 
 PUBLISHED = {"LUT": 50_656, "DSP": 224, "frames/s": 48.1, "MHz": 250}  # paper, accelerator on Ultra96-V2
@@ -121,22 +119,6 @@ def options(argv: list[str] | None) -> Config:
     return config
 
 
-def make_sample(config: Config) -> None:
-    """The smoke test's folder: 48 + 16 digits as JPEG files of 80x80 pixels, and an untrained teacher."""
-    from PIL import Image
-    from safetensors.torch import save_file
-    from torchvision.models import get_model
-
-    folder = Path(config.data)
-    for split, data in (("train", digits("train")[:48]), ("val", digits("test")[:16])):
-        for n, (codes, label) in enumerate(zip(data.codes, data.labels.tolist())):
-            path = folder / split / str(label % 2) / f"{n:02}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(codes[0].numpy()).resize((80, 80)).save(path)
-    if config.teacher_weights:
-        save_file(get_model(config.teacher, num_classes=2).state_dict(), config.teacher_weights)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     config, console, seconds = options(argv), Console(), Seconds()
     out = Path(config.out)
@@ -146,7 +128,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
 
     if config.smoke:
-        make_sample(config)
+        digit_files(config.data)
+        if config.teacher_weights:
+            untrained_teacher(config.teacher, config.teacher_weights)
     with seconds("list files"):
         sizes = {"size": config.size, "resize": config.size * 8 // 7, "strict": config.strict}
         train, test = (image_files(config.data, split, **sizes) for split in ("train", "val"))
@@ -204,50 +188,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         scores[f"integers {config.fixed_point}, {few.name}"] = integer_accuracy(done.graph, few, 4)
 
     unreadable = train.unreadable | test.unreadable
-    result = {
-        "config": asdict(config),
-        "accuracy": scores,
-        "activation_bits": bits,
-        "images": {"train": len(train), "test": len(test)},
-        "unreadable": unreadable,
-        "training": curve_facts(curves),
-        "seconds": seconds.spent,
-        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
-        **done.facts,
-    }
-    write_json(out / "report.json", result)
-    sections = [
-        ("Accuracy", accuracy_section(scores) + text(f"average activation bits on the last images of the sample: {bits:.3f}")),
-        ("Training", training_section(curves)),
-        ("Hardware", hardware_section(done, PUBLISHED)),
-        ("Integers against the model", text(str(done.check))),
-        ("Time", table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in seconds.spent.items()])),
-        ("Configuration", table(("option", "value"), result["config"].items())),
-    ]
-    write(out / "report.html", page("fracbnn_imagenet: from training to C++", sections))
-    console.print(summary(result, done))
-    console.print(f"report: {out / 'report.html'}   HLS project: {out / 'hls'}   weights: {folder / 'best.safetensors'}", highlight=False)
-    if not done.ok:
-        raise SystemExit("integers differ: see the report")
-    return result
+    facts = {"activation_bits": bits, "images": {"train": len(train), "test": len(test)}, "unreadable": unreadable}
+    shown = {"average activation bits on the last images of the sample": f"{bits:.3f}", "weights": str(folder / "best.safetensors")}
+    return finish("fracbnn_imagenet", out, config, scores, curves, seconds, done, PUBLISHED, facts, shown)
 
 
 def loss(config: Config, classes: int) -> nn.Module:
     if config.labels:
         return CrossEntropy()
     return Distillation(load_teacher(config.teacher, config.teacher_weights, classes), mode=config.teacher_mode)  # type: ignore[arg-type]
-
-
-def summary(result: dict[str, Any], done: Any) -> Table:
-    rows = Table(title=f"fracbnn_imagenet on {done.plan.part}", show_header=False, min_width=72)
-    for name, score in result["accuracy"].items():
-        rows.add_row(name, f"{100 * score:.2f} %")
-    rows.add_row("average activation bits", f"{result['activation_bits']:.3f}")
-    rows.add_row("codes that differ, integers against model", f"{done.check.mismatches:,} of {done.check.codes:,}")
-    rows.add_row("integers that differ, C++ against integers", f"{sum(result['cpp_mismatches'].values()):,}")
-    rows.add_row("cycles per image, frames per second", f"{done.plan.cycles:,}, {done.plan.fps:,.0f} at {done.plan.clock_mhz:g} MHz")
-    rows.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
-    return rows
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import quantlib as ql
 from quantlib.training.data import Images
 from quantlib.training.logs import Epoch
 from quantlib.training.metrics import accuracy
-from quantlib.training.report import figure, table, text
+from quantlib.training.report import figure, page, table, text, write, write_json
 
 
 @dataclass
@@ -117,6 +117,60 @@ def training_section(curves: Mapping[str, Sequence[Epoch]]) -> str:
     sums = [(name, len(r), sum(e.images for e in r), sum(e.seconds for e in r), speed(r)) for name, r in curves.items()]
     cells = [(name, epochs, f"{images:,}", f"{seconds:,.0f}", f"{rate:,.0f}") for name, epochs, images, seconds, rate in sums]
     return figure(plot, "Loss and accuracy per epoch.") + table(("step", "epochs", "images", "seconds", "images/s"), cells)
+
+
+def finish(
+    title: str,
+    out: Path,
+    config: Any,
+    scores: Mapping[str, float],
+    curves: Mapping[str, Sequence[Epoch]],
+    seconds: Seconds,
+    done: Deployed | None = None,
+    published: Mapping[str, float] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    shown: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Ends a recipe: report.json, report.html and a table on the terminal; the content of report.json is returned.
+
+    config: the run's frozen dataclass; scores: name -> share of images; done: what `deploy` gave, None for a network that stays
+    real-valued; published: totals of a published accelerator; facts: further entries of report.json; shown: further rows of the table
+    and the page.
+    SystemExit where integers differ, after the report is written.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console, shown = Console(), dict(shown or {})
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+    result: dict[str, Any] = {"config": asdict(config), "accuracy": dict(scores), "training": curve_facts(curves)}
+    result |= {"seconds": seconds.spent, "machine": machine} | dict(facts or {}) | (done.facts if done else {})
+    write_json(out / "report.json", result)
+    sections = [("Accuracy", accuracy_section(scores) + (table(("", ""), shown.items()) if shown else ""))]
+    sections += [("Training", training_section(curves))] if curves else []
+    if done:
+        sections += [("Hardware", hardware_section(done, published)), ("Integers against the model", text(str(done.check)))]
+    sections += [
+        ("Time", table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in seconds.spent.items()])),
+        ("Configuration", table(("option", "value"), result["config"].items())),
+    ]
+    write(out / "report.html", page(f"{title}: from training to C++", sections))
+
+    rows = Table(title=f"{title} on {done.plan.part}" if done else title, show_header=False, min_width=72)
+    for name, score in scores.items():
+        rows.add_row(name, f"{100 * score:.2f} %")
+    for name, value in shown.items():
+        rows.add_row(name, value)
+    if done:
+        rows.add_row("codes that differ, integers against model", f"{done.check.mismatches:,} of {done.check.codes:,}")
+        rows.add_row("integers that differ, C++ against integers", f"{sum(done.facts['cpp_mismatches'].values()):,}")
+        rows.add_row("cycles per image, frames per second", f"{done.plan.cycles:,}, {done.plan.fps:,.0f} at {done.plan.clock_mhz:g} MHz")
+    rows.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.spent.items()))
+    console.print(rows)
+    console.print(f"report: {out / 'report.html'}" + (f"   HLS project: {out / 'hls'}" if done else ""), highlight=False, soft_wrap=True)
+    if done and not done.ok:
+        raise SystemExit("integers differ: see the report")
+    return result
 
 
 def speed(rows: Sequence[Epoch]) -> float:

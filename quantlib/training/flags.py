@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -13,7 +14,8 @@ C = TypeVar("C")
 def parse(defaults: C, description: str, help: Mapping[str, str], argv: Sequence[str] | None, short: Mapping[str, str] | None = None) -> C:
     """defaults: a frozen dataclass of bool, int, float, str and tuple[int or str, ...] fields; each becomes --its-name.
 
-    A bool is a switch, a tuple is written with commas. help: field -> sentence; short: field -> a second flag such as -g.
+    A bool is a switch, a tuple is written with commas. Published scripts' --its_name is understood too. help: field -> sentence; short:
+    field -> a second flag such as -g.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = get_type_hints(type(defaults))
@@ -27,7 +29,14 @@ def parse(defaults: C, description: str, help: Mapping[str, str], argv: Sequence
             parser.add_argument(*flags, type=_Several(get_args(hints[name])[0]), default=default, help=sentence, metavar="A,B,...")
         else:
             parser.add_argument(*flags, type=type(default), default=default, help=sentence)
-    return type(defaults)(**vars(parser.parse_args(argv)))
+    words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
+    return type(defaults)(**vars(parser.parse_args(words)))
+
+
+def _dashed(word: str) -> str:
+    """--its_name=some_value -> --its-name=some_value"""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 class _Several:
