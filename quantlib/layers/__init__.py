@@ -10,6 +10,7 @@ from quantlib.layers.dorefa_activation import DorefaActivation as DorefaActivati
 from quantlib.layers.dorefa_conv2d import DorefaConv2d as DorefaConv2d
 from quantlib.layers.fixed_point import FixedPoint as FixedPoint
 from quantlib.layers.fractional_conv2d import FractionalConv2d as FractionalConv2d
+from quantlib.layers.fuse_conv2d import FuSeConv2d as FuSeConv2d
 from quantlib.layers.half_wave import HalfWave as HalfWave
 from quantlib.layers.image_floor import ImageFloor as ImageFloor
 from quantlib.layers.learned_scale_hard_tanh import LearnedScaleHardTanh as LearnedScaleHardTanh

@@ -1,0 +1,240 @@
+"""DiracDeltaNet: 1x1 convolutions, shifts and max pooling only; the network of the accelerator Synetgy.
+
+Yang, Huang, Wu, Zhang, Ma, Gambardella, Blott, Lavagno, Vissers, Wawrzynek, Keutzer, "Synetgy: Algorithm-hardware Co-design for ConvNet
+Accelerators on Embedded FPGAs", FPGA 2019, arXiv 1811.08634. Code: Yang-YiFan/DiracDeltaNet (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantlib.layers import DividedClip, Shift2d, ShiftShuffle, TanhConv2d, TanhLinear
+from quantlib.quantizers import inherited_clip
+from zoo._registry import Card, register
+
+REAL = 32
+CLIP = "act_quant.fused_activation_quant_proxy.tensor_quant.scale_coef"  # where a DividedClip keeps what the authors call scale_coef
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bit widths by place; 32 rounds nothing. signs: 1-bit weights -1 and +1 instead of -1 and 0."""
+
+    weight: int
+    act: int
+    first_weight: int
+    first_act: int
+    second_weight: int
+    last_weight: int
+    last_act: int
+    fc_weight: int
+    signs: bool
+    fc_offset: bool
+
+    def conv(self, inputs: int, outputs: int, bits: int | None = None) -> TanhConv2d:
+        return TanhConv2d(inputs, outputs, 1, bits=self.weight if bits is None else bits, signs=self.signs)
+
+
+class DiracDeltaBlock(nn.Module):
+    """(N, I, H, W) -> (N, C, H, W), or (N, C, H/2, W/2) where it downsamples: 1x1 convolution, shift, 1x1 convolution beside a shortcut.
+
+    Stride 1 (I = C): half of the channels pass by. Downsampling: both branches read all channels, pool and share one quantizer; `split`
+    (the first block of all) gives each branch one half. The branches are joined and rotated by a quarter.
+    """
+
+    def __init__(self, inputs: int, outputs: int, expansion: float, bits: Bits, downsample: bool, split: bool = False) -> None:
+        super().__init__()
+        half = outputs // 2
+        middle = int(half * expansion)
+        self.downsample, self.split = downsample, split or not downsample
+        read = inputs // 2 if self.split else inputs
+        self.conv1, self.bn1, self.quant_act1 = bits.conv(read, middle), nn.BatchNorm2d(middle), DividedClip(bits.act)
+        self.shift2 = Shift2d(middle)
+        self.conv3, self.bn3, self.quant_act2 = bits.conv(middle, half), nn.BatchNorm2d(half), DividedClip(bits.act)
+        self.shortcut = nn.Sequential(bits.conv(read, half), nn.BatchNorm2d(half)) if downsample else nn.ReLU()
+        self.shuffle = ShiftShuffle()
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[1] // 2
+        shortcut, main = (x[:, :half], x[:, half:]) if self.split else (x, x)
+        main = self.quant_act1(self.bn1(self.conv1(main)))
+        if self.downsample:
+            main, shortcut = F.max_pool2d(main, 2), F.max_pool2d(shortcut, 2)
+        main = self.quant_act2(self.bn3(self.conv3(self.shift2(main))))
+        shortcut = self.shortcut(shortcut)
+        return self.shuffle(self.quant_act2(shortcut) if self.downsample else shortcut, main)
+
+
+class DiracDeltaNet(nn.Module):
+    """(N, 3, H, W), normalised -> (N, classes): two 1x1 convolutions with shifts, layers of blocks, 1x1 convolution, mean, linear.
+
+    base: channels of layer1; layer2 and layer3 have two and four times as many. blocks per layer, the first of which downsamples. pooled:
+    the stem pools twice (ImageNet) or not at all (32x32). features: inputs of the classifier.
+    """
+
+    def __init__(self, bits: Bits, base: int, expansion: float, blocks: tuple[int, ...], features: int, classes: int, pooled: bool) -> None:
+        super().__init__()
+        if base % 4 or base < 4 or not blocks or min(blocks) < 1:
+            raise ValueError(f"base={base} must be a multiple of 4, blocks={blocks} at least one per layer")
+        self.pooled = pooled
+        self.conv1, self.bn1 = bits.conv(3, 32, bits.first_weight), nn.BatchNorm2d(32)
+        self.quant_act1, self.shift1 = DividedClip(bits.first_act, 6.0), Shift2d(32)
+        self.conv2, self.bn2 = bits.conv(32, 64, bits.second_weight), nn.BatchNorm2d(64)
+        self.quant_act2, self.shift2 = DividedClip(bits.act), Shift2d(64)
+        channels = 64
+        for layer, count in enumerate(blocks):
+            width = base << layer
+            rows = [DiracDeltaBlock(channels, width, expansion, bits, True, split=layer == 0)]
+            rows += [DiracDeltaBlock(width, width, expansion, bits, False) for _ in range(count - 1)]
+            self.add_module(f"layer{layer + 1}", nn.Sequential(*rows))
+            channels = width
+        self.layers = len(blocks)
+        self.conv3, self.bn3 = bits.conv(channels, features, bits.last_weight), nn.BatchNorm2d(features)
+        self.quant_act3 = DividedClip(bits.last_act, 10.0)
+        self.linear = TanhLinear(features, classes, bits=bits.fc_weight, offset=bits.fc_offset)
+        for module in self.modules():
+            if isinstance(module, TanhConv2d | TanhLinear):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shift1(self._pool(self.quant_act1(self.bn1(self.conv1(x)))))
+        x = self.shift2(self._pool(self.quant_act2(self.bn2(self.conv2(x)))))
+        for layer in range(1, self.layers + 1):
+            x = getattr(self, f"layer{layer}")(x)
+        x = self.quant_act3(self.bn3(self.conv3(x)))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2, padding=1) if self.pooled else x
+
+    def translate_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The authors' keys: `scale_coef` of the activations, and shift kernels, which must be those of `Shift2d` and are dropped."""
+        return {k.replace(".scale_coef", f".{CLIP}") if not k.endswith(CLIP) else k: v for k, v in tensors.items() if not _kernel(k, v)}
+
+
+def _kernel(key: str, value: Tensor) -> bool:
+    return key.endswith(".kernel")
+
+
+def inherit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of a trained network's tensors for a network of other bit widths that goes on training from them.
+
+    The published conversion keeps a clip scalar only where 0.1 < scalar < 10 and resets others to 1 (`quantlib.quantizers.inherited_clip`).
+    Not for plain loading: `zoo.load(zoo.get(name, weight_bits=4, act_bits=4), inherit(full.state_dict()))`.
+    """
+    return {k: inherited_clip(v).clone() if k.endswith("scale_coef") else v.detach().clone() for k, v in state.items()}
+
+
+_BITS = {
+    "weight_bits": "of the convolutions, 1 to 24; 32: real",
+    "act_bits": "of the activations, 1 to 24; 32: clipped, not rounded",
+    "first_weight_bits": "of the first convolution",
+    "first_act_bits": "of the activation behind it",
+    "last_weight_bits": "of the last convolution",
+    "last_act_bits": "of the activation behind it",
+    "fc_weight_bits": "of the classifier's weights and bias",
+    "from_scratch": "True: the second convolution has first_weight_bits, as the published code builds it when it does not fine-tune",
+    "second_weight_bits": "of the second convolution, whatever from_scratch says",
+    "signs": "True: 1-bit weights are -1 and +1 instead of the published -1 and 0",
+    "fc_offset": "False: classifier codes without the published offset of one, which all logits share, so that they fit their bits",
+    "base": "channels of the first layer of blocks, a multiple of 4 (published: 116 or 128)",
+    "expansion": "channels inside a block over half of its outputs",
+    "blocks": "blocks of each layer",
+    "features": "inputs of the classifier",
+    "num_classes": "rows of the classifier",
+}
+
+
+def _bits(
+    weight: int, act: int, first: tuple[int, int], last: tuple[int, int], fc: int, from_scratch: bool, second: int | None, signs: bool,
+    fc_offset: bool,
+) -> Bits:  # fmt: skip
+    if second is None:
+        second = first[0] if from_scratch else weight
+    return Bits(weight, act, *first, second, *last, fc, signs, fc_offset)
+
+
+_PAPER: dict[str, Any] = {
+    "paper": "Yang et al., Synetgy: Algorithm-hardware Co-design for ConvNet Accelerators on Embedded FPGAs, FPGA 2019",
+    "arxiv": "1811.08634",
+    "code": "Yang-YiFan/DiracDeltaNet",
+    "licence": "Apache-2.0 (published code)",
+}
+
+
+@register(
+    Card(
+        title="DiracDeltaNet for ImageNet",
+        input_shape=(3, 224, 224),
+        classes=1000,
+        parameters=2_929_615,
+        macs=269_229_440,
+        options=_BITS,
+        converts=(),
+        normalisation=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        **_PAPER,
+    )
+)
+def diracdeltanet_imagenet(
+    *,
+    weight_bits: int = REAL,
+    act_bits: int = REAL,
+    first_weight_bits: int = REAL,
+    first_act_bits: int = REAL,
+    last_weight_bits: int = REAL,
+    last_act_bits: int = REAL,
+    fc_weight_bits: int = REAL,
+    from_scratch: bool = False,
+    second_weight_bits: int | None = None,
+    signs: bool = False,
+    fc_offset: bool = True,
+    base: int = 116,
+    expansion: float = 2.0,
+    blocks: tuple[int, ...] = (4, 8, 4),
+    features: int = 1024,
+    num_classes: int = 1000,
+) -> DiracDeltaNet:
+    bits = _bits(weight_bits, act_bits, (first_weight_bits, first_act_bits), (last_weight_bits, last_act_bits), fc_weight_bits,
+                 from_scratch, second_weight_bits, signs, fc_offset)  # fmt: skip
+    return DiracDeltaNet(bits, base, expansion, blocks, features, num_classes, pooled=True)
+
+
+@register(
+    Card(
+        title="DiracDeltaNet for CIFAR-10: the stem does not pool",
+        input_shape=(3, 32, 32),
+        classes=10,
+        parameters=715_277,
+        macs=28_682_240,
+        options=_BITS,
+        converts=(),
+        **_PAPER,
+    )
+)
+def diracdeltanet_cifar10(
+    *,
+    weight_bits: int = REAL,
+    act_bits: int = REAL,
+    first_weight_bits: int = REAL,
+    first_act_bits: int = REAL,
+    last_weight_bits: int = REAL,
+    last_act_bits: int = REAL,
+    fc_weight_bits: int = REAL,
+    from_scratch: bool = False,
+    second_weight_bits: int | None = None,
+    signs: bool = False,
+    fc_offset: bool = True,
+    base: int = 64,
+    expansion: float = 2.0,
+    blocks: tuple[int, ...] = (4, 8, 4),
+    features: int = 1024,
+    num_classes: int = 10,
+) -> DiracDeltaNet:
+    bits = _bits(weight_bits, act_bits, (first_weight_bits, first_act_bits), (last_weight_bits, last_act_bits), fc_weight_bits,
+                 from_scratch, second_weight_bits, signs, fc_offset)  # fmt: skip
+    return DiracDeltaNet(bits, base, expansion, blocks, features, num_classes, pooled=False)
