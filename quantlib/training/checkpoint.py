@@ -33,7 +33,17 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
     """tensors and facts (JSON) into one file."""
-    return write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"json": json.dumps(facts)}))
+    return write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in own_memory(tensors).items()}, {"json": json.dumps(facts)}))
+
+
+def own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A module that a model holds in several places gives one tensor several keys: the second and later ones become copies."""
+    seen: set[int] = set()
+    apart = {}
+    for key, value in tensors.items():
+        apart[key] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return apart
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -96,20 +96,33 @@ def fit(
     note: Callable[[], dict[str, Any]] | None = None,
     also: Mapping[str, Score] | None = None,
     each_epoch: Callable[[Sequence[Epoch]], None] | None = None,
+    trained_as: nn.Module | None = None,
 ) -> list[Epoch]:
     """Trains in place and returns one row per epoch. The same settings on the same machine give the same weights.
 
     loss: called with (outputs, labels, images), by default `CrossEntropy()`. score: called with (outputs, labels), one number in [0, 1] per
     image; its mean stands where an accuracy is named. note: called after each epoch's training; its JSON facts stand in the row.
     also: further such functions (any range) by name; their means stand in `Epoch.more`. each_epoch: called in the main process with all
-    rows after each epoch.
+    rows after each epoch. trained_as: a module around the model, without parameters of its own, that is called in its place while training
+    (`DropoutSamples`, `MixedImages`); the model itself is tested and saved.
     out: folder for last.safetensors (all a resumed run needs), best.safetensors (weights of the best test accuracy, the latest among
     equals) with best.json, log.csv, speed.csv, TensorBoard events; None: nothing is written. resume: continue from last.safetensors where
     there is one; otherwise an old one is removed. The model is left on the device it came from, with its last weights. TrainingError when
     the loss is not finite, CheckpointError when a checkpoint belongs to other settings.
     """
     return _Run(
-        model, train, test, settings, loss or CrossEntropy(), title, Path(out) if out else None, score, note, also or {}, each_epoch
+        model,
+        train,
+        test,
+        settings,
+        loss or CrossEntropy(),
+        title,
+        Path(out) if out else None,
+        score,
+        note,
+        also or {},
+        each_epoch,
+        trained_as or model,
     ).run(resume)
 
 
@@ -127,6 +140,7 @@ class _Run:
         note: Callable[[], dict[str, Any]] | None,
         also: Mapping[str, Score],
         each_epoch: Callable[[Sequence[Epoch]], None] | None,
+        trained_as: nn.Module,
     ) -> None:
         from accelerate import Accelerator
 
@@ -146,7 +160,8 @@ class _Run:
         self.groups = [group for group, _ in parts]
         optimizer = settings.optimizer.build(torch_groups(parts), settings.lr, settings.weight_decay)
         self.momenta = [group.get("momentum", 0.0) for group in optimizer.param_groups]
-        self.model, self.optimizer = self.accelerator.prepare(torch.compile(model) if settings.compile else model, optimizer)
+        self.trained_as = "" if trained_as is model else repr(trained_as)
+        self.model, self.optimizer = self.accelerator.prepare(torch.compile(trained_as) if settings.compile else trained_as, optimizer)
         self.rows: list[Epoch] = []
         self.epoch, self.step, self.seconds, self.best = 0, 0, 0.0, -1.0
         self.sums = torch.zeros(3 + len(also), dtype=torch.float64)  # loss, score, images, further: of this process, in this epoch
@@ -289,6 +304,7 @@ class _Run:
         kinds: dict[str, Any] = {k: type(getattr(self.settings, k)).__name__ for k in ("optimizer", "schedule")}
         kinds |= {"groups": repr(self.settings.groups)} if self.settings.groups else {}
         kinds |= {"also": list(self.also)} if self.also else {}
+        kinds |= {"trained_as": self.trained_as} if self.trained_as else {}
         kinds |= {"score": self.score.__qualname__} if self.score is not right_answers else {}
         facts: dict[str, Any] = {"settings": settings, "kinds": kinds, "loss": repr(self.loss), "processes": self.world}
         facts |= {k: f"{data.name}, {len(data)} images" for k, data in (("train", self.train), ("test", self.test))}

@@ -94,13 +94,19 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Warmup:
-    """(e + 1) / over times the following schedule's factor while e < over."""
+    """(e + 1) / over times the following schedule's factor while e < over.
+
+    first: (e + 1) / over alone while e < over; the following schedule has the epochs after that for its whole run.
+    """
 
     over: int
     then: Constant | Linear | Steps | Cosine = Linear()
+    first: bool = False
 
     def factor(self, epoch: int, epochs: int) -> float:
-        return min(1.0, (epoch + 1) / self.over) * self.then.factor(epoch, epochs)
+        if self.first and epoch >= self.over:
+            return self.then.factor(epoch - self.over, epochs - self.over)
+        return min(1.0, (epoch + 1) / self.over) * (1.0 if self.first else self.then.factor(epoch, epochs))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Schedules, optimizer state, losses and the switches between steps."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,34 @@ def test_groups_take_parameters_once_and_in_order():
     assert len(split_parameters(model.named_parameters(), (Group(""),))) == 1
     with pytest.raises(ValueError, match="no parameter is left for the group 'gamma'; there are 0.weight, 0.bias"):
         split_parameters(model.named_parameters(), (Group("gamma"),))
+
+
+def test_published_schedules_of_proxylessnas_with_their_warmup():
+    """Step, linear and cosine with w epochs of warm-up, against the closed forms, number by number."""
+    epochs, milestones = 60, (15, 30, 45)
+    for w in (0, 5, 20):
+        warm = [(e + 1) / w for e in range(w)]
+        rest = range(w, epochs)
+        closed = {
+            "step": [0.1 ** sum(m <= e for m in milestones) for e in rest],
+            "linear": [1 - (e - w) / (epochs - w) for e in rest],
+            "cosine": [(1 + math.cos(math.pi * (e - w) / (epochs - w))) / 2 for e in rest],
+        }
+        ours = {"step": Steps(tuple(m - w for m in milestones)), "linear": Linear(), "cosine": Cosine()}
+        for name, then in ours.items():
+            schedule = Warmup(w, then, first=True)
+            assert [schedule.factor(e, epochs) for e in range(epochs)] == warm + closed[name], (name, w)
+
+
+def test_label_smoothing_against_its_formula():
+    """Mean over the batch of (1 - s) (-log p_target) + s mean_j (-log p_j), the target among the j."""
+    torch.manual_seed(4)
+    out, labels = torch.randn(9, 7, dtype=torch.float64), torch.randint(0, 7, (9,))
+    for s in (0.0, 0.1, 0.5):
+        p = out.exp() / out.exp().sum(1, keepdim=True)
+        rows = [(1 - s) * -p[n, labels[n]].log() + s * -p[n].log().mean() for n in range(9)]
+        # logarithms of quotients against differences of logarithms, in float64
+        torch.testing.assert_close(CrossEntropy(s)(out, labels, out), sum(rows) / 9, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", [Adam(), AdamW(), SGD(), SGD(0.0)])
