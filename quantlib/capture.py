@@ -48,7 +48,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Call:
-    """One recorded call: a leaf module (then `path` is its first dotted name) or a torch function (in the forward of module `scope`)."""
+    """One recorded call: a leaf module or a torch function, in the forward of module `scope`.
+
+    path: the module's dotted name, where it has several the one in `scope`; first: the first of its names.
+    """
 
     target: nn.Module | Callable[..., Any]
     args: tuple[Any, ...]
@@ -57,6 +60,7 @@ class Call:
     path: str
     line: str
     scope: str = ""
+    first: str = ""
 
     @property
     def name(self) -> str:
@@ -208,13 +212,24 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.values = values
         self.record = Record(model, tuple(x.shape[1:]))
-        self.paths = {id(m): name for name, m in reversed(list(model.named_modules(remove_duplicate=False)))}
+        self.names: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(id(module), []).append(name)
         self.live: dict[int, tuple[int, int]] = {}  # id(tensor) -> (number, version at the time)
         self.keep: list[Tensor] = []  # so that ids are not reused
         self.inside = 0
         self.scopes: list[str] = []
         self.count = 0
         self.bind(x)
+
+    @property
+    def scope(self) -> str:
+        return self.scopes[-1] if self.scopes else ""
+
+    def path(self, module: nn.Module) -> str:
+        """The dotted name under which the module that is running knows this one; else the first of its names."""
+        names = self.names.get(id(module), [""])
+        return next((name for name in names if name.rpartition(".")[0] == self.scope), names[0])
 
     def bind(self, value: Tensor) -> Ref:
         index, self.count = self.count, self.count + 1
@@ -280,7 +295,8 @@ class _Recorder(TorchFunctionMode):
             return result
         line = _user_line()
         out = walk(result, lambda t: self.bind(_brevitas.value_of(t)) if isinstance(_brevitas.value_of(t), Tensor) else None)
-        self.record.calls.append(Call(target, spec[0], spec[1], out, path, line, self.scopes[-1] if self.scopes else ""))
+        first = self.names.get(id(target), [""])[0]
+        self.record.calls.append(Call(target, spec[0], spec[1], out, path, line, self.scope, first))
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -307,7 +323,7 @@ def _leaf_calls(recorder: _Recorder) -> Iterator[None]:
     original = nn.Module.__call__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        path = recorder.paths.get(id(module), "")
+        path = recorder.path(module)
         if recorder.inside:
             return original(module, *args, **kwargs)
         if not is_leaf(module):
@@ -429,7 +445,7 @@ def capture(model: nn.Module, input_shape: tuple[int, ...], sample: Callable[[in
         if not same:
             raise CaptureError(f"{a} at batch 2 became {b} at batch 3; the model's control flow depends on the batch size or on data")
         args, kwargs, out = _merge((a.args, a.kwargs, a.out), (b.args, b.kwargs, b.out), (2, 3), str(a))
-        calls.append(Call(a.target, args, kwargs, out, a.path, a.line, a.scope))
+        calls.append(Call(a.target, args, kwargs, out, a.path, a.line, a.scope, a.first))
     record = Record(model, tuple(input_shape), calls, two.output, {k: s[1:] for k, s in two.shapes.items()})
     x = sample(5 if prod(input_shape) <= SMALL_IMAGE else 1, 7)
     with torch.no_grad():

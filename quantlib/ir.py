@@ -125,7 +125,10 @@ class IntType:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One operation: `name` is also the name of the edge it produces; `source` is the dotted path in the user's model."""
+    """One operation: `name` is also the name of the edge it produces; `source` is the dotted path in the user's model.
+
+    A module that has several paths is shown by the one it was called under: "b.relu is a.relu".
+    """
 
     name: str
     op: Op

@@ -95,7 +95,8 @@ class Lowering:
             raise ConversionError(f"{self.path}: {error}") from error
         if scale is not None:
             out = out.with_scale(self._fit_scale(scale, out.shape))
-        node = Node(self._name(op), op, tuple(e.name for e in inputs), out, self.path)
+        shared = f" is {self.call.first}" if self.call is not None and self.call.first != self.call.path else ""
+        node = Node(self._name(op), op, tuple(e.name for e in inputs), out, self.path + shared)
         self.nodes[node.name] = node
         return Edge(node.name, out)
 

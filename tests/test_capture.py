@@ -75,6 +75,16 @@ def test_shared_modules_are_recorded_per_call() -> None:
     assert [refs(call.args)[0].index for call in record.calls] == [0, 1, 2, 3]
 
 
+def test_a_shared_module_has_the_name_of_the_module_that_calls_it() -> None:
+    q, conv = qnn.QuantReLU(bit_width=3), nn.Conv2d(2, 2, 3, padding=1)
+    model = Function(
+        lambda m, x: m.last(m.b(m.a(m.c(x)))), a=nn.Sequential(conv, q), b=nn.Sequential(nn.Conv2d(2, 2, 1), q), c=q, last=conv
+    )
+    calls = record_of(model, 2, 5, 5).calls
+    assert [call.name for call in calls] == ["c", "a.0", "a.1", "b.0", "b.1", "last"]
+    assert [call.first for call in calls] == ["a.1", "a.0", "a.1", "b.0", "a.1", "a.0"]
+
+
 def test_quant_metadata_is_that_of_the_call() -> None:
     record = record_of(
         nn.Sequential(
