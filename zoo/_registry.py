@@ -36,7 +36,8 @@ class Card:
     input_shape has no batch axis. Images are pixel / 255, normalised with normalisation = (mean, std) per channel where that is given.
     parameters and macs are counted for one image and compared with the built network by the tests. claims are the paper's numbers, measured
     are ours. options maps every keyword of the builder to one sentence. converts lists option sets whose models convert to integers; the
-    tests run each of them, on images of convert_shape where input_shape would take minutes.
+    tests run each of them, on images of convert_shape where input_shape would take minutes. output_shape is that of one image's output
+    where it is not (classes,).
     """
 
     title: str
@@ -54,6 +55,7 @@ class Card:
     notes: str = ""
     converts: tuple[Mapping[str, Any], ...] = ({},)
     convert_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def __str__(self) -> str:

@@ -1,0 +1,201 @@
+"""What the networks of DeepBurning-MixQ share: bit strings and named settings, families of quantizers, the published state dicts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from quantlib.io.checkpoints import CheckpointError
+from quantlib.layers import ConstantStepConv2d, DorefaActivation, DorefaConv2d, HalfWave, ImageFloor
+
+Bits = str | Sequence[int]
+Quantizer = Literal["mixq", "dorefa", "float"]
+REAL = 32  # in a list of bits: not quantized
+
+SETTINGS: dict[str, dict[str, tuple[str, str]]] = {  # network -> name -> (weight bits, activation bits), the first one being the default
+    "vggtiny_cifar10": {"readme": ("822222", "833363")},
+    "ultranet_dacsdc": {
+        "bjtu": ("444444444", "844444444"),
+        "ismart": ("844444448", "844444444"),
+        "authors": ("532555558", "733677665"),
+    },
+    "ultranet_bypass_dacsdc": {"w4a4": ("444444444", "844444444")},
+    "skynet_dacsdc": {"w5a8": ("5" * 13, "8" * 13), "authors": ("8765658583688", "8883878575556")},
+    "skynetk5_dacsdc": {"w5a8": ("5" * 13, "8" * 13)},
+}
+
+
+def parse_bits(bits: Bits, layers: int, option: str) -> tuple[int, ...]:
+    """A digit string or a list, one entry for each layer, as integers. ValueError names the option and the position of what is wrong.
+
+    >>> parse_bits("8444", 4, "weight_bits"), parse_bits([8, 4, 4, 32], 4, "weight_bits")
+    ((8, 4, 4, 4), (8, 4, 4, 32))
+    """
+    entries: list[str | int] = list(bits)
+    if len(entries) != layers:
+        raise ValueError(f"{option}={bits!r} has {len(entries)} entries; the network has {layers} such layers, conv0 to conv{layers - 1}")
+    allowed = range(1, 9)
+    for position, entry in enumerate(entries):
+        number = int(entry) if isinstance(entry, str) and entry.isdecimal() else entry
+        if not isinstance(number, int) or isinstance(number, bool) or (number not in allowed and (number != REAL or isinstance(bits, str))):
+            raise ValueError(
+                f"{option}={bits!r}: entry {position} (of conv{position}) is {entry!r}; bits are 1 to 8, in a list also {REAL} for none"
+            )
+        entries[position] = number
+    return tuple(int(e) for e in entries)
+
+
+def chosen_bits(
+    network: str, layers: int, weight_bits: Bits | None, act_bits: Bits | None, setting: str | None, quantizer: Quantizer
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bits of weights and of each layer's input; empty for the float form. Lists win over the default setting, never over a named one."""
+    rows = SETTINGS[network]
+    if quantizer not in FAMILIES:
+        raise ValueError(f"quantizer={quantizer!r}: there are {', '.join(FAMILIES)}")
+    if setting is not None and setting not in rows:
+        raise ValueError(f"setting={setting!r}: {network} has {', '.join(rows)}")
+    given = [name for name, value in (("weight_bits", weight_bits), ("act_bits", act_bits), ("setting", setting)) if value is not None]
+    if quantizer == "float":
+        if given:
+            raise ValueError(f"quantizer='float' has no bits, but {' and '.join(given)} came with it")
+        return (), ()
+    if setting is not None and len(given) > 1:
+        raise ValueError(f"give either setting or {' and '.join(given[:-1])}, not both")
+    weights, acts = rows[setting or next(iter(rows))]
+    w = parse_bits(weights if weight_bits is None else weight_bits, layers, "weight_bits")
+    a = parse_bits(acts if act_bits is None else act_bits, layers, "act_bits")
+    if quantizer == "dorefa":
+        if a[0] != 8:
+            raise ValueError(f"act_bits: the DoReFa form reads the image as it is, so entry 0 is 8, not {a[0]}")
+        low = [i for i, b in enumerate(w) if not 2 <= b <= 8]
+        if low:
+            raise ValueError(f"weight_bits: DoReFa convolutions have 2 to 8 bits, entry {low[0]} (of conv{low[0]}) is {w[low[0]]}")
+    return w, a
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a layer is made of: conv(bits, in, out, kernel, **options), activation(bits, six), image(bits); six: a float ReLU6, not ReLU."""
+
+    conv: Callable[..., nn.Module]
+    activation: Callable[[int, bool], nn.Module]
+    image: Callable[[int], nn.Module]
+
+
+def _mixq_conv(bits: int, *shape: Any, **options: Any) -> nn.Module:
+    return nn.Conv2d(*shape, **options) if bits == REAL else ConstantStepConv2d(*shape, bits=bits, **options)
+
+
+def _dorefa_conv(bits: int, *shape: Any, **options: Any) -> nn.Module:
+    return DorefaConv2d(*shape, bits=bits, **options)
+
+
+def _float_conv(bits: int, *shape: Any, **options: Any) -> nn.Module:
+    return nn.Conv2d(*shape, **options)
+
+
+FAMILIES: dict[str, Family] = {
+    "mixq": Family(_mixq_conv, lambda bits, six: nn.ReLU() if bits == REAL else HalfWave(bits), ImageFloor),
+    "dorefa": Family(_dorefa_conv, lambda bits, six: nn.ReLU6() if bits == REAL else DorefaActivation(bits), lambda bits: ImageFloor(REAL)),
+    "float": Family(_float_conv, lambda bits, six: nn.ReLU6() if six else nn.ReLU(), lambda bits: nn.Identity()),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One convolution: output channels (0: depthwise, as many as come in), kernel, whether its output is halved, norm, bias."""
+
+    out: int
+    kernel: int = 3
+    pool: bool = False
+    norm: bool = True
+    bias: bool = False
+
+
+def stack(
+    rows: Sequence[Row],
+    first: int,
+    channels: int,
+    family: Family,
+    bits: tuple[Sequence[int], Sequence[int]],
+    six: bool = False,
+    pool_before_norm: bool = False,
+    halved: bool = False,
+) -> nn.Sequential:
+    """act_i, conv_i, bn_i and pool_i of each row, numbered from `first`; `channels` come in; bits of weights and inputs of all layers.
+
+    six: float activations are ReLU6. halved: the stack begins with the pool of the layer before it.
+
+    Where published code pools behind the activation (float and DoReFa forms), pooling in front of it gives the same numbers, for
+    activations are monotone. Among inputs that a DoReFa activation makes equal, the gradient goes to the largest instead of the first.
+    """
+    made = nn.Sequential()
+    if halved:
+        made.add_module(f"pool{first - 1}", nn.MaxPool2d(2))
+    for i, row in enumerate(rows, first):
+        w, a = (bits[0][i], bits[1][i]) if bits[0] else (REAL, REAL)
+        groups, out = (1, row.out) if row.out else (channels, channels)
+        conv = family.conv(w, channels, out, row.kernel, padding=row.kernel // 2, groups=groups, bias=row.bias)
+        norm = [(f"bn{i}", nn.BatchNorm2d(out))] if row.norm else []
+        pool = [(f"pool{i}", nn.MaxPool2d(2))] if row.pool else []
+        act = family.image(a) if i == 0 else family.activation(a, six)
+        for name, module in [(f"act{i}", act), (f"conv{i}", conv), *(pool + norm if pool_before_norm else norm + pool)]:
+            made.add_module(name, module)
+        channels = out
+    return made
+
+
+class Network(nn.Module):
+    """A network of the paper, with its bits: weight_bits and act_bits, one of each layer (act_bits: of its input), () in the float form."""
+
+    def __init__(self, weight_bits: tuple[int, ...], act_bits: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight_bits, self.act_bits = weight_bits, act_bits
+
+    def translate_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The authors' state dicts, fixed-bit, float and DoReFa: their positions in natural order are our layers in order.
+
+        The buffers size_product, memory_size and in_width, which every forward run fills anew, are left out. Bits that the checkpoint
+        states (`model_params`) must be the model's. CheckpointError for other bits and for the supernet of a search.
+        """
+        for option, key, own in (("weight_bits", "bitw", self.weight_bits), ("act_bits", "bita", self.act_bits)):
+            stated = tensors.pop(f"model_params.{key}", None)
+            if stated is not None and tuple(stated.tolist()) != own:
+                found, ours = ("".join(map(str, bits)) for bits in (stated.tolist(), own))
+                raise CheckpointError(
+                    f"the checkpoint was trained with {option} {found}, the model has {ours or 'none (it is the float form)'}"
+                )
+        if any("alpha_activ" in key for key in tensors):
+            raise CheckpointError(
+                "this is the checkpoint of a search (it has alphas): read its bits off, and train a network of those bits"
+            )
+        tensors = {k: v for k, v in tensors.items() if k.rsplit(".", 1)[-1] not in ("size_product", "memory_size", "in_width")}
+        if tensors.keys() == self.state_dict().keys():
+            return tensors
+        layers = [name for name, m in self.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        norms = [name for name, m in self.named_modules() if isinstance(m, nn.BatchNorm2d)]
+        prefixes = sorted({key.rsplit(".", 1)[0] for key in tensors}, key=_natural)
+        theirs_norms = [p for p in prefixes if f"{p}.running_mean" in tensors]
+        theirs_layers = [p for p in prefixes if f"{p}.weight" in tensors and tensors[f"{p}.weight"].dim() > 1]
+        if (len(layers), len(norms)) != (len(theirs_layers), len(theirs_norms)):
+            return tensors
+        names = dict(zip((*theirs_layers, *theirs_norms), (*layers, *norms), strict=True))
+        return {f"{names.get(p, p)}.{leaf}": value for (p, leaf), value in ((k.rsplit(".", 1), v) for k, v in tensors.items())}
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"[.]", key)]
+
+
+def describe_bits(options: Iterable[str]) -> dict[str, str]:
+    """The sentences of a card about the options that all these networks share."""
+    return {
+        "weight_bits": "bits of each layer's weights, a digit string or a list (32: real weights)",
+        "act_bits": "bits of each layer's input, a digit string or a list; the first are those of the image",
+        "setting": f"a named pair of both: {', '.join(options)}",
+        "quantizer": "'mixq': constant steps; 'dorefa': tanh and powers of two, as in the older classes; 'float': no quantizers",
+    }
