@@ -8,33 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlib.layers import DividedClip, Shift2d, ShiftShuffle, TanhConv2d, TanhLinear
+from quantlib.layers import DividedClip, NormalizedImage, Shift2d, ShiftShuffle, TanhConv2d, TanhLinear
 from quantlib.quantizers import inherited_clip
 from zoo._registry import Card, register
 
-REAL = 32
+REAL = 32  # bits that mean: not rounded
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = "act_quant.fused_activation_quant_proxy.tensor_quant.scale_coef"  # where a DividedClip keeps what the authors call scale_coef
 
 
 @dataclass(frozen=True)
 class Bits:
-    """Bit widths by place; 32 rounds nothing. signs: 1-bit weights -1 and +1 instead of -1 and 0."""
+    """Bit widths inside the blocks, 32 for real numbers; signs: 1-bit weights -1 and +1 instead of -1 and 0."""
 
     weight: int
     act: int
-    first_weight: int
-    first_act: int
-    second_weight: int
-    last_weight: int
-    last_act: int
-    fc_weight: int
-    signs: bool
-    fc_offset: bool
+    signs: bool = False
 
     def conv(self, inputs: int, outputs: int, bits: int | None = None) -> TanhConv2d:
         return TanhConv2d(inputs, outputs, 1, bits=self.weight if bits is None else bits, signs=self.signs)
@@ -71,38 +65,63 @@ class DiracDeltaBlock(nn.Module):
 
 
 class DiracDeltaNet(nn.Module):
-    """(N, 3, H, W), normalised -> (N, classes): two 1x1 convolutions with shifts, layers of blocks, 1x1 convolution, mean, linear.
+    """(N, 3, H, W), normalised -> (N, num_classes): two 1x1 convolutions with shifts, layers of blocks, 1x1 convolution, mean, linear.
 
     base: channels of layer1; layer2 and layer3 have two and four times as many. blocks per layer, the first of which downsamples. pooled:
-    the stem pools twice (ImageNet) or not at all (32x32). features: inputs of the classifier.
+    the stem pools twice (ImageNet) or not at all (32x32). features: inputs of the classifier. The bit widths are the options of the
+    registered networks.
     """
 
-    def __init__(self, bits: Bits, base: int, expansion: float, blocks: tuple[int, ...], features: int, classes: int, pooled: bool) -> None:
+    def __init__(
+        self,
+        pooled: bool,
+        weight_bits: int,
+        act_bits: int,
+        first_weight_bits: int,
+        first_act_bits: int,
+        last_weight_bits: int,
+        last_act_bits: int,
+        fc_weight_bits: int,
+        from_scratch: bool,
+        second_weight_bits: int | None,
+        signs: bool,
+        fc_offset: bool,
+        image: None | Literal["int8"],
+        base: int,
+        expansion: float,
+        blocks: tuple[int, ...],
+        features: int,
+        num_classes: int,
+    ) -> None:
         super().__init__()
         if base % 4 or base < 4 or not blocks or min(blocks) < 1:
             raise ValueError(f"base={base} must be a multiple of 4, blocks={blocks} at least one per layer")
-        self.pooled = pooled
-        self.conv1, self.bn1 = bits.conv(3, 32, bits.first_weight), nn.BatchNorm2d(32)
-        self.quant_act1, self.shift1 = DividedClip(bits.first_act, 6.0), Shift2d(32)
-        self.conv2, self.bn2 = bits.conv(32, 64, bits.second_weight), nn.BatchNorm2d(64)
-        self.quant_act2, self.shift2 = DividedClip(bits.act), Shift2d(64)
+        if image not in (None, "int8"):
+            raise ValueError(f"image={image!r}: give None (real-valued, as published) or 'int8'")
+        bits = Bits(weight_bits, act_bits, signs)
+        second = second_weight_bits if second_weight_bits is not None else first_weight_bits if from_scratch else weight_bits
+        self.pooled, self.layers = pooled, len(blocks)
+        self.image = nn.Identity() if image is None else NormalizedImage(MEAN, STD)
+        self.conv1, self.bn1 = bits.conv(3, 32, first_weight_bits), nn.BatchNorm2d(32)
+        self.quant_act1, self.shift1 = DividedClip(first_act_bits, 6.0), Shift2d(32)
+        self.conv2, self.bn2 = bits.conv(32, 64, second), nn.BatchNorm2d(64)
+        self.quant_act2, self.shift2 = DividedClip(act_bits), Shift2d(64)
         channels = 64
         for layer, count in enumerate(blocks):
             width = base << layer
-            rows = [DiracDeltaBlock(channels, width, expansion, bits, True, split=layer == 0)]
-            rows += [DiracDeltaBlock(width, width, expansion, bits, False) for _ in range(count - 1)]
+            rows = [DiracDeltaBlock(channels, width, expansion, bits, downsample=True, split=layer == 0)]
+            rows += [DiracDeltaBlock(width, width, expansion, bits, downsample=False) for _ in range(count - 1)]
             self.add_module(f"layer{layer + 1}", nn.Sequential(*rows))
             channels = width
-        self.layers = len(blocks)
-        self.conv3, self.bn3 = bits.conv(channels, features, bits.last_weight), nn.BatchNorm2d(features)
-        self.quant_act3 = DividedClip(bits.last_act, 10.0)
-        self.linear = TanhLinear(features, classes, bits=bits.fc_weight, offset=bits.fc_offset)
+        self.conv3, self.bn3 = bits.conv(channels, features, last_weight_bits), nn.BatchNorm2d(features)
+        self.quant_act3 = DividedClip(last_act_bits, 10.0)
+        self.linear = TanhLinear(features, num_classes, bits=fc_weight_bits, offset=fc_offset)
         for module in self.modules():
             if isinstance(module, TanhConv2d | TanhLinear):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.shift1(self._pool(self.quant_act1(self.bn1(self.conv1(x)))))
+        x = self.shift1(self._pool(self.quant_act1(self.bn1(self.conv1(self.image(x))))))
         x = self.shift2(self._pool(self.quant_act2(self.bn2(self.conv2(x)))))
         for layer in range(1, self.layers + 1):
             x = getattr(self, f"layer{layer}")(x)
@@ -130,7 +149,7 @@ def inherit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: inherited_clip(v).clone() if k.endswith("scale_coef") else v.detach().clone() for k, v in state.items()}
 
 
-_BITS = {
+_OPTIONS = {
     "weight_bits": "of the convolutions, 1 to 24; 32: real",
     "act_bits": "of the activations, 1 to 24; 32: clipped, not rounded",
     "first_weight_bits": "of the first convolution",
@@ -142,21 +161,13 @@ _BITS = {
     "second_weight_bits": "of the second convolution, whatever from_scratch says",
     "signs": "True: 1-bit weights are -1 and +1 instead of the published -1 and 0",
     "fc_offset": "False: classifier codes without the published offset of one, which all logits share, so that they fit their bits",
+    "image": "None: real-valued, as published; 'int8': normalised pixels rounded to -128..127 over 48, which integers need",
     "base": "channels of the first layer of blocks, a multiple of 4 (published: 116 or 128)",
     "expansion": "channels inside a block over half of its outputs",
     "blocks": "blocks of each layer",
     "features": "inputs of the classifier",
     "num_classes": "rows of the classifier",
 }
-
-
-def _bits(
-    weight: int, act: int, first: tuple[int, int], last: tuple[int, int], fc: int, from_scratch: bool, second: int | None, signs: bool,
-    fc_offset: bool,
-) -> Bits:  # fmt: skip
-    if second is None:
-        second = first[0] if from_scratch else weight
-    return Bits(weight, act, *first, second, *last, fc, signs, fc_offset)
 
 
 _PAPER: dict[str, Any] = {
@@ -174,9 +185,9 @@ _PAPER: dict[str, Any] = {
         classes=1000,
         parameters=2_929_615,
         macs=269_229_440,
-        options=_BITS,
+        options=_OPTIONS,
         converts=(),
-        normalisation=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        normalisation=(MEAN, STD),
         **_PAPER,
     )
 )
@@ -193,15 +204,14 @@ def diracdeltanet_imagenet(
     second_weight_bits: int | None = None,
     signs: bool = False,
     fc_offset: bool = True,
+    image: None | Literal["int8"] = None,
     base: int = 116,
     expansion: float = 2.0,
     blocks: tuple[int, ...] = (4, 8, 4),
     features: int = 1024,
     num_classes: int = 1000,
 ) -> DiracDeltaNet:
-    bits = _bits(weight_bits, act_bits, (first_weight_bits, first_act_bits), (last_weight_bits, last_act_bits), fc_weight_bits,
-                 from_scratch, second_weight_bits, signs, fc_offset)  # fmt: skip
-    return DiracDeltaNet(bits, base, expansion, blocks, features, num_classes, pooled=True)
+    return DiracDeltaNet(pooled=True, **locals())
 
 
 @register(
@@ -211,8 +221,9 @@ def diracdeltanet_imagenet(
         classes=10,
         parameters=715_277,
         macs=28_682_240,
-        options=_BITS,
+        options=_OPTIONS,
         converts=(),
+        normalisation=(MEAN, STD),
         **_PAPER,
     )
 )
@@ -229,12 +240,11 @@ def diracdeltanet_cifar10(
     second_weight_bits: int | None = None,
     signs: bool = False,
     fc_offset: bool = True,
+    image: None | Literal["int8"] = None,
     base: int = 64,
     expansion: float = 2.0,
     blocks: tuple[int, ...] = (4, 8, 4),
     features: int = 1024,
     num_classes: int = 10,
 ) -> DiracDeltaNet:
-    bits = _bits(weight_bits, act_bits, (first_weight_bits, first_act_bits), (last_weight_bits, last_act_bits), fc_weight_bits,
-                 from_scratch, second_weight_bits, signs, fc_offset)  # fmt: skip
-    return DiracDeltaNet(bits, base, expansion, blocks, features, num_classes, pooled=False)
+    return DiracDeltaNet(pooled=False, **locals())

@@ -15,6 +15,7 @@ from quantlib.layers.half_wave import HalfWave as HalfWave
 from quantlib.layers.image_floor import ImageFloor as ImageFloor
 from quantlib.layers.learned_scale_hard_tanh import LearnedScaleHardTanh as LearnedScaleHardTanh
 from quantlib.layers.learned_scale_relu import LearnedScaleReLU as LearnedScaleReLU
+from quantlib.layers.normalized_image import NormalizedImage as NormalizedImage
 from quantlib.layers.quant_sign import QuantSign as QuantSign
 from quantlib.layers.rprelu import RPReLU as RPReLU
 from quantlib.layers.rsign import RSign as RSign
