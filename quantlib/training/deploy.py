@@ -46,13 +46,22 @@ class Deployed:
         return bool(self.check.ok) and not any(self.facts["cpp_mismatches"].values())
 
 
-def deploy(model: nn.Module, codes: Tensor, part: str, out: Path, verify_images: int, cpp_images: int, seconds: Seconds) -> Deployed:
+def deploy(
+    model: nn.Module,
+    codes: Tensor,
+    part: str,
+    out: Path,
+    verify_images: int,
+    cpp_images: int,
+    seconds: Seconds,
+    input: ql.Grid | None = None,
+) -> Deployed:
     """Converts the model (eval mode), verifies every code on the first images, exports, and compares C++ and integers on some of them.
 
-    codes: uint8 (N, C, H, W), evenly mixed as they come.
+    codes: uint8 (N, C, H, W), evenly mixed as they come; input: what integers an image has, where the model does not say it itself.
     """
     with seconds("convert"):
-        graph = ql.convert(model.eval(), input_shape=tuple(codes.shape[1:]))
+        graph = ql.convert(model.eval(), tuple(codes.shape[1:]), input)
     with seconds("verify"):
         check = ql.verify(model, graph, codes[:verify_images])
     with seconds("estimate"):
@@ -72,9 +81,14 @@ def deploy(model: nn.Module, codes: Tensor, part: str, out: Path, verify_images:
     return Deployed(graph, plan, check, facts)
 
 
+def integer_predictions(graph: Any, data: Images, batch: int = 64) -> Tensor:
+    """Outputs (N, classes) of `ql.run` on all images."""
+    return torch.cat([ql.run(graph, codes) for codes in data.codes.split(batch)])
+
+
 def integer_accuracy(graph: Any, data: Images, batch: int = 64) -> float:
     """Accuracy of `ql.run` on all images."""
-    return accuracy(torch.cat([ql.run(graph, codes) for codes in data.codes.split(batch)]), data.labels)
+    return accuracy(integer_predictions(graph, data, batch), data.labels)
 
 
 def hardware_section(deployed: Deployed, published: Mapping[str, float] | None = None) -> str:

@@ -25,7 +25,7 @@ from quantlib.training.checkpoint import CheckpointError, load_checkpoint, pick,
 from quantlib.training.data import Augment, Data
 from quantlib.training.logs import Bar, Epoch, Logs
 from quantlib.training.losses import CrossEntropy, gate_pull
-from quantlib.training.metrics import evaluating, right_answers
+from quantlib.training.metrics import Score, evaluating, right_answers
 from quantlib.training.optim import (
     Adam,
     EachStep,
@@ -38,8 +38,6 @@ from quantlib.training.optim import (
     split_parameters,
     torch_groups,
 )
-
-Score = Callable[[Tensor, Tensor], Tensor]
 
 
 class TrainingError(RuntimeError):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantlib.io.checkpoints import load
+
 
 class CrossEntropy(nn.Module):
     """Mean over the batch of -log softmax(outputs)[label]; smoothing spreads that share of the target over all classes."""
@@ -67,24 +69,13 @@ class Distillation(nn.Module):
 
 
 def load_teacher(name: str, weights: str | Path, classes: int = 1000) -> nn.Module:
-    """A torchvision classifier by name, with the weights of a file the user gives (.pth, .pt or .safetensors; no code in it is run)."""
+    """A torchvision classifier by name, with the weights of a file the user gives, in any form `zoo.load` reads; no code in it is run.
+
+    CheckpointError, with what differs, where the file does not fit.
+    """
     from torchvision.models import get_model
 
-    path = Path(weights)
-    teacher: nn.Module = get_model(name, weights=None, num_classes=classes)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    try:
-        teacher.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path.name} does not fit torchvision's {name} with {classes} classes: {error}") from error
-    return teacher
+    return load(get_model(name, weights=None, num_classes=classes), weights)
 
 
 def gate_pull(model: nn.Module, target: float, decay: float) -> Tensor:

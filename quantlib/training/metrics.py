@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantlib.training.data import Images, as_real
+from quantlib.training.data import Data, Images, as_real
+
+Score = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextmanager
@@ -35,6 +37,20 @@ def predictions(model: nn.Module, data: Images, size: int = 64) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model):
         return batched(lambda codes: model(as_real(codes, data.levels).to(device)).cpu(), data.codes, size)
+
+
+def measure(model: nn.Module, data: Data, scores: Mapping[str, Score], batch: int = 64, workers: int = 0) -> dict[str, float]:
+    """Mean over all readable images of each score of (outputs, labels), the model in eval mode, on a GPU where there is one."""
+    home = next(model.parameters()).device
+    device = torch.device("cuda") if torch.cuda.is_available() else home
+    totals, images = dict.fromkeys(scores, 0.0), 0
+    with evaluating(model.to(device)):
+        for x, y in data.read(torch.arange(len(data)).split(batch), None, (0, 0), workers):
+            outputs = model(x.to(device)).cpu()
+            totals = {name: total + float(scores[name](outputs, y).double().sum()) for name, total in totals.items()}
+            images += len(y)
+    model.to(home)
+    return {name: total / max(images, 1) for name, total in totals.items()}
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:

@@ -182,7 +182,7 @@ def test_teacher_from_a_file(tmp_path):
     x = torch.randn(1, 3, 32, 32)
     for name in ("t.pth", "t.safetensors"):
         assert torch.equal(load_teacher("squeezenet1_1", tmp_path / name, 3).eval()(x), teacher(x))
-    with pytest.raises(ValueError, match="does not fit torchvision's alexnet"):
+    with pytest.raises(ValueError, match="t.pth does not fit AlexNet"):
         load_teacher("alexnet", tmp_path / "t.pth", 3)
 
 
