@@ -26,7 +26,8 @@ from quantlib.ops.sum_pool import SumPool
 from quantlib.ops.threshold import Threshold
 
 FRACTION, PARAMETER = 7, 8
-LOW, HIGH = -(2**15), 2**15 - 1
+WORD = 16
+LOW, HIGH = -(2 ** (WORD - 1)), 2 ** (WORD - 1) - 1
 _MERGE = FixedMerge()
 
 
@@ -76,6 +77,8 @@ class DatapathBatchNorm2d(nn.BatchNorm2d):
     f is the fraction of the input: 7 for features, 0 for the integers of the first convolution.
     """
 
+    out_bits = WORD
+
     def __init__(self, channels: int, fraction_in: int = FRACTION) -> None:
         super().__init__(channels)
         self.fraction_in = fraction_in
@@ -98,6 +101,8 @@ class DatapathBatchNorm2d(nn.BatchNorm2d):
 
 class DatapathRPReLU(nn.Module):
     """t = R(2 n + P(shift_x), 1); where t < 0: t = R(t P(slope), 8); y = R(2 t + P(shift_y), 1)."""
+
+    out_bits = WORD
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -123,6 +128,8 @@ class DatapathRPReLU(nn.Module):
 class DatapathQuantSign(nn.Module):
     """code = clamp((3 (n + 128) + 128) >> 8, 0, 3), value -1 + 2/3 code: decision points round half up, so -2/3 itself gives -1/3."""
 
+    out_bits = 2
+
     def forward(self, x: Tensor) -> Tensor:
         code = torch.floor((3 * (codes(x) + 128) + 128) / 256).clamp(0, 3)
         return ((2 * code - 3) / 3).to(x.dtype)
@@ -138,6 +145,8 @@ class DatapathFractionalConv2d(nn.Conv2d):
 
     t = R(171 clamp(128 M), 8); y = R(256 t + 85 clamp(128 L), 8).
     """
+
+    weight_bits, out_bits = 1, WORD
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
@@ -173,6 +182,8 @@ class DatapathFractionalConv2d(nn.Conv2d):
 class DatapathAdd(nn.Module):
     """y = clamp(a + b) on the features' 16 bits."""
 
+    out_bits = WORD
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return real(saturate(codes(a) + codes(b)), a)
 
@@ -182,6 +193,8 @@ class DatapathAdd(nn.Module):
 
 class DatapathShortcut(nn.Module):
     """Sum of each 2x2 group, clamped to 16 bits, divided by 4 toward zero; then the channels twice: (N, C, H, W) -> (N, 2C, H/2, W/2)."""
+
+    out_bits = WORD
 
     def forward(self, x: Tensor) -> Tensor:
         total = F.avg_pool2d(codes(x), 2, divisor_override=1)
@@ -198,6 +211,8 @@ class DatapathShortcut(nn.Module):
 
 class DatapathMean(nn.Module):
     """y = R(sum over the map, log2(H W)); H W must be a power of two. (N, C, H, W) -> (N, C, 1, 1)."""
+
+    out_bits = WORD
 
     def forward(self, x: Tensor) -> Tensor:
         return real(rounded(codes(x).sum((2, 3), keepdim=True), self._shift(x.shape[2] * x.shape[3])), x)
@@ -218,6 +233,8 @@ class DatapathMean(nn.Module):
 
 class DatapathLinear(nn.Linear):
     """acc = b; for each input in order: acc = R(128 acc + w x, 7), with w and b re-rounded to 7 fraction bits. (N, K) -> (N, O)."""
+
+    weight_bits, out_bits = 12, WORD
 
     def constants(self) -> tuple[Tensor, Tensor]:
         return narrow(parameter(self.weight)), narrow(parameter(self.bias))

@@ -28,7 +28,8 @@ from quantlib.ops.sum_pool import SumPool
 from quantlib.ops.threshold import Threshold
 
 FRACTION, PARAMETER = 4, 8
-LOW, HIGH = -(2**12), 2**12 - 1
+WORD = 13
+LOW, HIGH = -(2 ** (WORD - 1)), 2 ** (WORD - 1) - 1
 LARGEST_M, LARGEST_L = 511, 255
 _MERGE = FixedMerge(msb=171, lsb=85, fraction_in=FRACTION, shift=PARAMETER, lo=LOW, hi=HIGH)
 
@@ -74,6 +75,8 @@ class WordBatchNorm2d(nn.BatchNorm2d):
     first: the input is the first convolution's integer, which becomes a feature, n = clamp(16 x), before anything else.
     """
 
+    out_bits = WORD
+
     def __init__(self, channels: int, first: bool = False) -> None:
         super().__init__(channels)
         self.first = first
@@ -99,6 +102,8 @@ class WordBatchNorm2d(nn.BatchNorm2d):
 
 class WordRPReLU(nn.Module):
     """t = R(16 n + P(shift_x), 4); where t < 0: t = R(t P(slope), 8); y = R(16 t + P(shift_y), 4)."""
+
+    out_bits = WORD
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -126,7 +131,7 @@ class WordSign(nn.Module):
 
     def __init__(self, bits: int) -> None:
         super().__init__()
-        self.top = 2**bits - 1
+        self.out_bits, self.top = bits, 2**bits - 1
 
     def forward(self, x: Tensor) -> Tensor:
         code = torch.floor((self.top * (codes(x) + 16) + 15) / 32).clamp(0, self.top)
@@ -142,6 +147,8 @@ class WordConv2d(nn.Conv2d):
     """M, L = convolutions of the sign plane and the low plane; t = R(171 clamp(16 M), 8); y = t, or R(16 t + 85 L, 4) where 16 t >
     P(threshold).
     """
+
+    weight_bits, out_bits = 1, WORD
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
@@ -181,6 +188,8 @@ class WordConv2d(nn.Conv2d):
 class WordAdd(nn.Module):
     """y = clamp(a + b) on the features' 13 bits."""
 
+    out_bits = WORD
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return real(saturate(codes(a) + codes(b)), a)
 
@@ -190,6 +199,8 @@ class WordAdd(nn.Module):
 
 class WordValue(nn.Module):
     """4-bit codes as features: n = R(34 code - 256, 4), 34/256 for two fifteenths."""
+
+    out_bits = WORD
 
     def forward(self, x: Tensor) -> Tensor:
         return real(rounded(34 * torch.round((x.double() + 1) * 7.5) - 256, FRACTION), x)
@@ -201,6 +212,8 @@ class WordValue(nn.Module):
 
 class WordPool(nn.Module):
     """Sum of each 2x2 group divided by 4 toward zero: (N, C, H, W) -> (N, C, H/2, W/2)."""
+
+    out_bits = WORD
 
     def forward(self, x: Tensor) -> Tensor:
         return real(torch.trunc(F.avg_pool2d(codes(x), 2, divisor_override=1) / 4), x)

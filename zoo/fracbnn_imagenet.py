@@ -41,6 +41,8 @@ class NormalisedThermometerEncoder(nn.Module):
     that has their level, so every float32 image gets the model's own bits.
     """
 
+    out_bits = 1
+
     def __init__(self, resolution: int = 8) -> None:
         super().__init__()
         self.thermometer = ThermometerEncoder(resolution)

@@ -46,6 +46,10 @@ class FixedPoint(Layer, nn.Module):
         return 2 ** (self.bits - 1) - 1
 
     @property
+    def out_bits(self) -> int:
+        return self.bits
+
+    @property
     def grid(self) -> Grid:
         return Grid(self.lo, self.hi, 2.0**-self.fraction)
 

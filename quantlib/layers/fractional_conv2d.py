@@ -189,6 +189,10 @@ class FractionalConv2d(Layer, nn.Module):
         return in_float32(self.weight) if self.real_weights else binary_sign(self.weight, self.clip, self.sign_of_zero)
 
     @property
+    def weight_bits(self) -> int | None:
+        return None if self.real_weights else 1
+
+    @property
     def density(self) -> float:
         """Share of open gates in the last batch."""
         return float(self.num_high) / max(self.num_out, 1)

@@ -32,6 +32,10 @@ class ImageFloor(Layer, nn.Module):
             raise ValueError(f"an image keeps 1 to 8 bits, or 32 for all of them, got {bits}")
         self.bits = int(bits)
 
+    @property
+    def out_bits(self) -> int | None:
+        return None if self.bits == REAL else self.bits
+
     def forward(self, x: Tensor) -> Tensor:
         return image_floor(x, self.bits)
 

@@ -25,6 +25,8 @@ class RSign(Layer, nn.Module):
     [[-1.0, 1.0]]
     """
 
+    out_bits = 1
+
     def __init__(self, channels: int, clip: float = 1.3, sign_of_zero: float = 0.0) -> None:
         super().__init__()
         self.shift_x = Shift(channels)

@@ -74,6 +74,8 @@ class Shift2d(Layer, nn.Module):
     ([[[[0.0, 0.0], [1.0, 2.0]]]], [[[[2.0, 0.0], [4.0, 0.0]]]])
     """
 
+    moves = True
+
     def __init__(self, channels: int, moves: Sequence[tuple[int, int]] = CROSS) -> None:
         super().__init__()
         if channels < 1 or not moves:

@@ -24,6 +24,8 @@ class ShiftShuffle(Layer, nn.Module):
     [6.0, 7.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     """
 
+    moves = True
+
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         cut = self._cut(first.shape[1], second.shape[1])
         rest = max(cut - first.shape[1], 0)

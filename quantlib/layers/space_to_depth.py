@@ -24,6 +24,8 @@ class SpaceToDepth(Layer, nn.Module):
     [0.0, 4.0, 1.0, 5.0, 2.0, 6.0, 3.0, 7.0]
     """
 
+    moves = True
+
     def __init__(self, block: int = 2) -> None:
         super().__init__()
         self.block = block

@@ -27,6 +27,8 @@ class ThermometerEncoder(Layer, nn.Module):
     [1.0, 1.0, -1.0, -1.0]
     """
 
+    out_bits = 1
+
     def __init__(self, resolution: int = 8) -> None:
         super().__init__()
         self.resolution = resolution
