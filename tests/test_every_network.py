@@ -43,23 +43,6 @@ def images(name: str, count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, *shape_of(name)), dtype=torch.uint8, generator=generator)
 
 
-def macs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of one image, counted by watching every convolution and matrix product run once."""
-    total = 0
-
-    def count(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        nonlocal total
-        total += output.numel() * module.weight[0].numel()
-
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.dim() in (2, 4):
-            module.register_forward_hook(count)
-    with torch.no_grad():
-        model(torch.rand(1, *shape))
-    return total
-
-
 def test_something_is_registered():
     assert zoo.names()
 
@@ -67,8 +50,8 @@ def test_something_is_registered():
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_and_output_shape(name):
     card, model = zoo.card(name), zoo.get(name).eval()
-    assert sum(p.numel() for p in model.parameters()) == card.parameters
-    assert macs(model, card.input_shape) == card.macs
+    counts = ql.analysis.count(model, card.input_shape)
+    assert (counts.parameters, counts.macs) == (card.parameters, card.macs)
     with torch.no_grad():
         assert model(torch.rand(2, *card.input_shape)).shape == (2, *(card.output_shape or (card.classes,)))
 

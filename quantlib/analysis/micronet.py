@@ -51,11 +51,11 @@ class LayerCost:
     functions: int = 0
 
     @property
-    def memory(self) -> int:
+    def memory_bits(self) -> int:
         return self.weights + self.bias + self.thresholds + self.constants
 
     @property
-    def math(self) -> int:
+    def math_bits(self) -> int:
         return self.multiplications + self.additions + self.bias_additions + self.comparisons + self.functions
 
 
@@ -67,12 +67,12 @@ class MicroNetCost:
     reference: Reference
 
     @property
-    def memory(self) -> int:
-        return sum(row.memory for row in self.rows)
+    def memory_bits(self) -> int:
+        return sum(row.memory_bits for row in self.rows)
 
     @property
-    def math(self) -> int:
-        return sum(row.math for row in self.rows)
+    def math_bits(self) -> int:
+        return sum(row.math_bits for row in self.rows)
 
     @property
     def score(self) -> Fraction:
@@ -85,7 +85,7 @@ class MicroNetCost:
     def of(self, row: LayerCost) -> Fraction:
         """What one row adds to the score."""
         parameters, operations, bits = self.reference
-        return Fraction(row.memory, parameters * bits) + Fraction(row.math, operations * bits)
+        return Fraction(row.memory_bits, parameters * bits) + Fraction(row.math_bits, operations * bits)
 
     def total(self, what: str) -> int:
         """Sum of one column, a field of LayerCost."""
@@ -98,7 +98,7 @@ class MicroNetCost:
             (r.name, r.kind, shape((1, *r.output)), r.accumulator, *(getattr(r, c) for c in columns), float(self.of(r))) for r in self.rows
         ]
         total = ("total", "", "", "", *(self.total(c) for c in columns), repr(self.printed))
-        sums = f"memory {self.memory:,} bits, operations {self.math:,} bits, score {self.printed!r} (exactly {float(self.score)!r})"
+        sums = f"memory {self.memory_bits:,} bits, operations {self.math_bits:,} bits, score {self.printed!r} (exactly {float(self.score)!r})"
         return f"{aligned(header, [*body, total], left=2)}\n{sums}"
 
 
@@ -159,7 +159,7 @@ class _Ledger:
             self.step(step)
         for value in self.run.outputs:
             self.settle(value)
-        return tuple(cost for cost in self.costs if cost.memory or cost.math)
+        return tuple(cost for cost in self.costs if cost.memory_bits or cost.math_bits)
 
     def step(self, step: Step) -> None:
         cost, size = self.costs[step.row], step.output.elements
