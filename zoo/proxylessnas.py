@@ -31,7 +31,12 @@ STAGES: Stages = (
     ((112, 6, 7, 2), *[(112, 3, 5, 1)] * 3, (136, 6, 5, 1), *[(136, 3, 5, 1)] * 3),
     ((256, 6, 7, 2), (256, 6, 7, 1), *[(256, 3, 7, 1)] * 2, (448, 6, 7, 1)),
 )
-REDUCED: Stages = (((24, 1, 3, 1),), ((40, 3, 5, 2), (40, 3, 3, 1), (40, 6, 7, 1)), ((56, 6, 3, 1), (56, 3, 3, 1)))  # every kind of unit
+REDUCED: Stages = (
+    ((24, 1, 3, 1),),
+    ((40, 3, 5, 2), (40, 3, 3, 1)),
+    ((56, 6, 7, 2), (56, 3, 3, 1)),
+    ((112, 3, 5, 1),),
+)  # every kind of unit
 FIRST, LAST = 48, 1792
 _SCALE = ".scaling_impl.value"
 
@@ -46,6 +51,7 @@ class Pixels(nn.Module):
     """
 
     grid = Grid(-128, 127, 2.0**-7)
+    out_bits = 8
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
@@ -193,24 +199,21 @@ class ProxylessNAS(nn.Module):
     def translate_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The authors' layouts: names of Brevitas in 2019, of 449 entries, or of 717 with its placeholders and copies of the weights.
 
-        Keys of a recorded run that lie beside its state dict, `sd/...`, are left out. Where no scale is given, the checkpoint is one of the
-        float network: every learned scale keeps its first value, and a UserWarning lists them.
+        A checkpoint without any learned scale is one of the float network: the scales keep their values, and a UserWarning lists them.
         """
-        if any(key.startswith("sd/") for key in tensors):
-            tensors = {key[3:]: value for key, value in tensors.items() if key.startswith("sd/")}
         renamed = {key.replace(".act_quant_proxy.", ".act_quant."): value for key, value in tensors.items()}
         renamed = {
             key.replace(".scaling_impl.learned_value", _SCALE): value
             for key, value in renamed.items()
             if not key.endswith((".zero_hw_sentinel", ".first_tracked_param.parameter"))
         }
-        first = {key: value for key, value in self.state_dict().items() if key.endswith(_SCALE)}
-        if not first or any(key.endswith(_SCALE) for key in renamed):
+        scales = {key: value for key, value in self.state_dict().items() if key.endswith(_SCALE)}
+        if not scales or any(key.endswith(_SCALE) for key in renamed):
             return renamed
-        lines = [f"the checkpoint has no learned scales, so {len(first)} keep their first values, the log2 of a range:"]
-        lines += [f"  {key}: {value.flatten()[0]:.6g}" + (f" x {value.numel()}" if value.dim() else "") for key, value in first.items()]
+        lines = [f"the checkpoint has no learned scales, so {len(scales)} entries keep their values, the log2 of a range:"]
+        lines += [f"  {key} {tuple(value.shape)}: {value.min():.6g}..{value.max():.6g}" for key, value in scales.items()]
         warnings.warn("\n".join(lines), stacklevel=3)
-        return renamed | first
+        return renamed | scales
 
 
 _HALF = (128 / 255,) * 3
