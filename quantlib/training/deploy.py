@@ -107,8 +107,8 @@ def hardware_section(deployed: Deployed, published: Mapping[str, float] | None =
     return table(head, totals) + text(speed) + table(("node", "op", "integers", "pe", "simd", "cycles", "LUT", "BRAM18", "DSP"), layers)
 
 
-def training_section(curves: Mapping[str, Sequence[Epoch]]) -> str:
-    """Loss and accuracy of steps that follow each other, on one axis of epochs."""
+def training_section(curves: Mapping[str, Sequence[Epoch]], measure: str = "accuracy") -> str:
+    """Loss and score of steps that follow each other, on one axis of epochs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,14 +123,14 @@ def training_section(curves: Mapping[str, Sequence[Epoch]]) -> str:
         right.plot(epochs, [100 * row.train_accuracy for row in rows], ":", color=line.get_color(), label=f"{name}, train")
         done += len(rows)
     left.set(xlabel="epoch", ylabel="training loss")
-    right.set(xlabel="epoch", ylabel="accuracy, %")
+    right.set(xlabel="epoch", ylabel=f"{measure}, %")
     left.legend()
     right.legend(fontsize="small")
     plot.tight_layout()
     plt.close(plot)
     sums = [(name, len(r), sum(e.images for e in r), sum(e.seconds for e in r), speed(r)) for name, r in curves.items()]
     cells = [(name, epochs, f"{images:,}", f"{seconds:,.0f}", f"{rate:,.0f}") for name, epochs, images, seconds, rate in sums]
-    return figure(plot, "Loss and accuracy per epoch.") + table(("step", "epochs", "images", "seconds", "images/s"), cells)
+    return figure(plot, f"Loss and {measure} per epoch.") + table(("step", "epochs", "images", "seconds", "images/s"), cells)
 
 
 def finish(
@@ -144,12 +144,14 @@ def finish(
     published: Mapping[str, float] | None = None,
     facts: Mapping[str, Any] | None = None,
     shown: Mapping[str, str] | None = None,
+    measure: str = "accuracy",
+    sections: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """Ends a recipe: report.json, report.html and a table on the terminal; the content of report.json is returned.
 
     config: the run's frozen dataclass; scores: name -> share of images; done: what `deploy` gave, None for a network that stays
     real-valued; published: totals of a published accelerator; facts: further entries of report.json; shown: further rows of the table
-    and the page.
+    and the page; measure: what the scores are; sections: further (heading, HTML body) of the page.
     SystemExit where integers differ, after the report is written.
     """
     from rich.console import Console
@@ -157,18 +159,19 @@ def finish(
 
     console, shown = Console(), dict(shown or {})
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
-    result: dict[str, Any] = {"config": asdict(config), "accuracy": dict(scores), "training": curve_facts(curves)}
+    result: dict[str, Any] = {"config": asdict(config), measure: dict(scores), "training": curve_facts(curves)}
     result |= {"seconds": seconds.spent, "machine": machine} | dict(facts or {}) | (done.facts if done else {})
     write_json(out / "report.json", result)
-    sections = [("Accuracy", accuracy_section(scores) + (table(("", ""), shown.items()) if shown else ""))]
-    sections += [("Training", training_section(curves))] if curves else []
+    parts = [(measure[:1].upper() + measure[1:], accuracy_section(scores) + (table(("", ""), shown.items()) if shown else ""))]
+    parts += [("Training", training_section(curves, measure))] if curves else []
+    parts += sections
     if done:
-        sections += [("Hardware", hardware_section(done, published)), ("Integers against the model", text(str(done.check)))]
-    sections += [
+        parts += [("Hardware", hardware_section(done, published)), ("Integers against the model", text(str(done.check)))]
+    parts += [
         ("Time", table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in seconds.spent.items()])),
         ("Configuration", table(("option", "value"), result["config"].items())),
     ]
-    write(out / "report.html", page(f"{title}: from training to C++", sections))
+    write(out / "report.html", page(f"{title}: from training to C++", parts))
 
     rows = Table(title=f"{title} on {done.plan.part}" if done else title, show_header=False, min_width=72)
     for name, score in scores.items():
@@ -198,4 +201,4 @@ def curve_facts(curves: Mapping[str, Sequence[Epoch]]) -> dict[str, Any]:
 
 
 def accuracy_section(scores: Mapping[str, float]) -> str:
-    return table(("", "share of images"), [(name, f"{100 * value:.2f} %") for name, value in scores.items()])
+    return table(("", "%"), [(name, f"{100 * value:.2f}") for name, value in scores.items()])
