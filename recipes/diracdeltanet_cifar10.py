@@ -168,14 +168,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if not is_main_process():
         return {}
 
-    # Measure, convert, verify, export: a report for each network, then one for all of them.
+    # Measure, convert, verify, export: a report for each network that has integers, then one for all networks.
     right: dict[str, Tensor] = {}  # on the first test set, whether the label is among the first five
     scores: dict[str, float] = {}
     networks: dict[str, Any] = {}  # their reports
     facts = {"images": {"train": len(train), "test": len(test)}, "unreadable": unreadable}
     for name, model in models.items():
         own: dict[str, float] = {}
-        with seconds(f"measure {name}"):
+        spent = Seconds({name: seconds.spent[name]})
+        with spent("measure"):
             for data in (test, *others):
                 outputs = predictions(model, data)
                 own |= shares(f"model, {data.name}", outputs, data.labels)
@@ -183,11 +184,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if "32" not in runs[name].split("/"):
             folder, title, curve = folders[name], f"diracdeltanet_cifar10 {runs[name]}", {name: curves[name]}
             codes = mixed(test).codes
-            done = deploy(model, codes, config.part, folder, config.verify_images, config.cpp_images, seconds, PIXELS)
-            with seconds(f"run integers {name}"):
+            done = deploy(model, codes, config.part, folder, config.verify_images, config.cpp_images, spent, PIXELS)
+            with spent("run integers"):
                 for data in (test, *others):
                     own |= shares(f"integers, {data.name}", integer_predictions(done.graph, data), data.labels)
-            networks[name] = finish(title, folder, config, own, curve, seconds, done, facts=facts)
+            networks[name] = finish(title, folder, config, own, curve, spent, done, facts=facts)
         scores |= {f"{name}: {what}": value for what, value in own.items()}
     return compare(config, out, scores, right, curves, seconds, facts | {"networks": networks})
 

@@ -24,11 +24,12 @@ def parse(defaults: C, description: str, help: Mapping[str, str], argv: Sequence
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         sentence = f"{help.get(name, '')} (default: {shown if shown != '' else 'none'})".strip().replace("%", "%%")
         if isinstance(default, bool):
-            parser.add_argument(*flags, action="store_true", help=help.get(name))
+            parser.add_argument(*flags, dest=name, action="store_true", help=help.get(name))
         elif get_origin(hints[name]) is tuple:
-            parser.add_argument(*flags, type=_Several(get_args(hints[name])[0]), default=default, help=sentence, metavar="A,B,...")
+            several = _Several(get_args(hints[name])[0])
+            parser.add_argument(*flags, dest=name, type=several, default=default, help=sentence, metavar="A,B,...")
         else:
-            parser.add_argument(*flags, type=type(default), default=default, help=sentence)
+            parser.add_argument(*flags, dest=name, type=type(default), default=default, help=sentence)
     words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     return type(defaults)(**vars(parser.parse_args(words)))
 
