@@ -6,13 +6,18 @@ Accelerators on Embedded FPGAs", FPGA 2019, arXiv 1811.08634. Code: Yang-YiFan/D
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantlib.io import t7
+from quantlib.io.checkpoints import CheckpointError
 from quantlib.layers import DividedClip, NormalizedImage, Shift2d, ShiftShuffle, TanhConv2d, TanhLinear
 from quantlib.quantizers import inherited_clip
 from zoo._registry import Card, register
@@ -133,11 +138,56 @@ class DiracDeltaNet(nn.Module):
 
     def translate_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The authors' keys: `scale_coef` of the activations, and shift kernels, which must be those of `Shift2d` and are dropped."""
-        return {k.replace(".scale_coef", f".{CLIP}") if not k.endswith(CLIP) else k: v for k, v in tensors.items() if not _kernel(k, v)}
+        theirs, ours = widths(tensors), widths(self.state_dict())
+        if theirs is not None and theirs != ours:
+            differing = ", ".join(f"{k}={v}" for k, v in theirs.items() if v != (ours or {})[k])
+            raise CheckpointError(f"the checkpoint holds a network of other widths, nothing was loaded; build it with {differing}")
+        translated = {}
+        for key, value in tensors.items():
+            if key.endswith(".kernel"):
+                moves = Shift2d(len(value)).kernel()
+                if value.shape != moves.shape or not torch.equal(value.to(moves.dtype), moves):
+                    raise CheckpointError(f"{key} is not the shift of DiracDeltaNet: down, right, none, left, up for channels 0 to 4")
+            else:
+                published = key.endswith(".scale_coef") and not key.endswith(CLIP)
+                translated[key.removesuffix("scale_coef") + CLIP if published else key] = value
+        return translated
 
 
-def _kernel(key: str, value: Tensor) -> bool:
-    return key.endswith(".kernel")
+def widths(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """base, expansion, blocks, features and num_classes of a state dict, in our keys or the authors'; None where it is something else."""
+    rows = [tuple(map(int, m.groups())) for m in (re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", k) for k in tensors) if m]
+    needed = [tensors.get(k) for k in ("layer1.0.conv3.weight", "conv3.weight", "linear.weight")]
+    if not rows or any(t is None or t.dim() < 2 for t in needed):
+        return None
+    block, last, linear = (tuple(t.shape) for t in needed if t is not None)
+    blocks = tuple(sum(layer == n for layer, _ in rows) for n in range(1, max(rows)[0] + 1))
+    return {"base": 2 * block[0], "expansion": block[1] / block[0], "blocks": blocks, "features": last[0], "num_classes": linear[0]}
+
+
+_BIT_OF = {"conv1": "first_weight_bits", "quant_act1": "first_act_bits", "conv2": "second_weight_bits", "quant_act2": "act_bits",
+           "conv3": "last_weight_bits", "quant_act3": "last_act_bits", "linear": "fc_weight_bits"}  # fmt: skip
+
+
+def options_of(path: str | Path) -> dict[str, Any]:
+    """The options of `zoo.get` that fit a published `.t7` file: widths from its tensors, bit widths from what each layer says of itself.
+
+    `zoo.load(zoo.get("diracdeltanet_imagenet", **options_of(path)), path)`. CheckpointError when it holds another network, or bit widths
+    that differ between blocks.
+    """
+    found = widths(t7.read(path))
+    if found is None:
+        raise CheckpointError(f"{Path(path).name} holds no DiracDeltaNet")
+    said: dict[str, set[int]] = {}
+    for key, value in t7.attributes(path).items():
+        layer, _, name = key.rpartition(".")
+        if name in ("bit", "act_bit"):
+            inside = "weight_bits" if name == "bit" else "act_bits"
+            said.setdefault(_BIT_OF.get(layer, inside), set()).add(int(value))
+    mixed = {option: sorted(bits) for option, bits in said.items() if len(bits) > 1}
+    if mixed:
+        raise CheckpointError(f"{Path(path).name}: different bit widths in places that have one option: {mixed}")
+    return found | {option: bits.pop() for option, bits in said.items()}
 
 
 def inherit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -68,8 +68,6 @@ def _read_torch(path: Path) -> Tensors:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if path.name.lower().endswith(".t7") and not _is_torch_file(path):
-            raise CheckpointError(f"{path.name} is a Lua Torch7 file; only what torch.save wrote can be read") from None
         reason = next(
             (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "it is not a torch.save file"
         )
@@ -129,6 +127,14 @@ def _read_safetensors(path: Path) -> Tensors:
         raise CheckpointError(f"{path.name} cannot be read: {error}") from None
 
 
+def _read_t7(path: Path) -> Tensors:
+    from quantlib.io.t7 import read as read_t7  # lazily: it raises this file's CheckpointError
+
+    if not _is_torch_file(path):
+        raise CheckpointError(f"{path.name} is a Lua Torch7 file; only what torch.save wrote can be read")
+    return read_t7(path)
+
+
 def _read_header(path: Path) -> Tensors:
     from quantlib.io.fracbnn_header import read as read_header  # lazily: it raises this file's CheckpointError
 
@@ -136,7 +142,8 @@ def _read_header(path: Path) -> Tensors:
 
 
 _READERS: dict[str, Callable[[Path], Tensors]] = {
-    **dict.fromkeys((".pt", ".pth", ".pth.tar", ".ckpt", ".t7"), _read_torch),
+    **dict.fromkeys((".pt", ".pth", ".pth.tar", ".ckpt"), _read_torch),
+    ".t7": _read_t7,
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,
     ".h": _read_header,

@@ -32,6 +32,7 @@ class NormalizedImage(Layer, nn.Module):
     [-96, 0, 0, 96]
     """
 
+    out_bits = 8
     mean: Tensor
     std: Tensor
     table: Tensor

@@ -93,6 +93,13 @@ class Shift2d(Layer, nn.Module):
     def lower(self, g: Any, x: Any) -> Any:
         return g.add(Shift(np.array(self.dy), np.array(self.dx)), g.integer(x))
 
+    def kernel(self) -> Tensor:
+        """The same as one-hot kernels (C, 1, k, k) of a depthwise convolution (cross-correlation) with padding k // 2."""
+        reach = max(map(abs, (*self.dy, *self.dx)))
+        kernel = torch.zeros(self.channels, 1, 2 * reach + 1, 2 * reach + 1)
+        kernel[range(self.channels), 0, [reach + d for d in self.dy], [reach + d for d in self.dx]] = 1
+        return kernel
+
     def extra_repr(self) -> str:
         return f"{self.channels}"
 

@@ -67,7 +67,7 @@ def tanh_weight(w: Tensor, bits: int, signs: bool = False) -> Tensor:
     Source:    DiracDeltaNet (arXiv 1811.08634), published code, convolution weights
 
     >>> tanh_weight(torch.tensor([-3.0, -0.1, 0.0, 0.1, 3.0]), bits=2).tolist()
-    [-1.0, 0.0, 0.0, 0.0, 0.5]
+    [-1.0, -0.5, 0.0, 0.0, 0.5]
     >>> tanh_weight(torch.tensor([-3.0, -0.1, 0.1]), bits=1).tolist(), tanh_weight(torch.tensor([-3.0, -0.1, 0.1]), 1, signs=True).tolist()
     ([-1.0, -1.0, 0.0], [-1.0, -1.0, 1.0])
     """
@@ -213,7 +213,7 @@ class DividedClipQuant(_TensorQuant):
         self.range = float(output_range)
         before = getattr(getattr(proxy_module, "fused_activation_quant_proxy", None), "tensor_quant", None)
         fresh = nn.Parameter(torch.full((1,), float(clip_init)))
-        self.scale_coef = before.scale_coef if isinstance(before, DividedClipQuant) else fresh
+        self.scale_coef: nn.Parameter = before.scale_coef if isinstance(before, DividedClipQuant) else fresh
 
     def forward(self, x: Tensor) -> Quantized:
         value = divided_clip(x, self.scale_coef, self.bits, self.range)
