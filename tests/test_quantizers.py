@@ -483,3 +483,17 @@ def test_torchscript_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("brevitas.config.JIT_ENABLED", True)
     with pytest.raises(RuntimeError, match="BREVITAS_JIT"):
         qnn.QuantIdentity(act_quant=QuantSignAct)
+
+
+def test_a_copy_that_loads_weights_keeps_a_scale_of_its_own() -> None:
+    import copy
+
+    from quantlib.layers import LearnedScaleHardTanh, LearnedScaleReLU
+
+    for layer in (LearnedScaleReLU(4), LearnedScaleHardTanh(4)):
+        twin = copy.deepcopy(layer)
+        twin.load_state_dict({key: value + 1 for key, value in twin.state_dict().items()})
+        (own,), (other,) = layer.parameters(), twin.parameters()
+        assert own is not other and torch.equal(own + 1, other)
+        x = torch.linspace(-20, 20, 101)
+        assert not torch.equal(layer(x), twin(x))

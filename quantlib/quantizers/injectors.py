@@ -115,6 +115,15 @@ class LearnedScaleQuant(_TensorQuant):
         return learned_scale(x, scale, self.lo, self.hi, self.gradient), scale, self.zero_point, self.bit_width
 
 
+class OwnScaleProxy(ActQuantProxyFromInjector):
+    """Keeps the scale of its own layer when it is built anew. A deep copy of a layer shares its injector, which names the first layer's
+    proxy: without this, loading weights into a copy would bind both layers to one scale."""
+
+    def init_tensor_quant(self) -> None:
+        self.quant_injector = self.quant_injector.let(proxy_module=self)
+        super().init_tensor_quant()
+
+
 class BinaryWeight(ExtendedInjector):
     """Weights in {-1, +1}: `binary_sign` with sign_clip = 1.3 and sign_of_zero = 0; scale 1, zero point 0, 1 bit."""
 
@@ -165,6 +174,7 @@ class UintActLearnedLog2Scale(Uint8ActPerTensorFloatMaxInit):
     scaling_per_output_channel=True, per_channel_broadcastable_shape=(1, C, 1, 1).
     """
 
+    proxy_class = OwnScaleProxy
     tensor_quant = LearnedScaleQuant
     restrict_scaling_type = RestrictValueType.LOG_FP
     restrict_threshold_impl = FloatRestrictValue
@@ -179,6 +189,7 @@ class IntActLearnedLog2Scale(Int8ActPerTensorFloatMinMaxInit):
     UintActLearnedLog2Scale.
     """
 
+    proxy_class = OwnScaleProxy
     tensor_quant = LearnedScaleQuant
     restrict_scaling_type = RestrictValueType.LOG_FP
     restrict_threshold_impl = FloatRestrictValue
