@@ -52,7 +52,7 @@ def grid_of(quantize: Callable[[Tensor], Any], shape: tuple[int, ...], label: st
     if not isinstance(result, IntQuantTensor):
         raise ConversionError(
             f"{label}: the quantizer returns {type(result).__name__}, not an integer quant tensor; minifloat and MX formats "
-            f"have no integers here"
+            f"have no integers here, nor have 32 bits that round nothing: give the layer fewer"
         )
     if not torch.isfinite(result.value).all() or not torch.isfinite(result.scale).all():
         raise ConversionError(f"{label}: the quantizer's scale or output is NaN or infinite; load a sound checkpoint")

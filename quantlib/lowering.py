@@ -185,7 +185,7 @@ class Lowering:
             if np.abs(codes - np.rint(codes)).max() > 1e-9 or np.abs(codes).max() > 1 << 24:
                 continue
             if np.array_equal(np.rint(codes), np.broadcast_to(n[:, None], codes.shape)):
-                return self.add(ops.Reshape(leaf.shape), leaf, scale=scale)
+                return leaf if scale is base else self.add(ops.Reshape(leaf.shape), leaf, scale=scale)
             low, high = int(np.rint(codes.min())), int(np.rint(codes.max()))
             if low == high:  # a constant, such as the zeros of a padded shortcut
                 constant = ops.Requant(mul=np.zeros(1, dtype=np.int64), add=np.array([low]), shift=0, lo=low, hi=low)
