@@ -231,14 +231,15 @@ def _network(content: Any, label: str) -> Any:
         tensors = isinstance(value, Mapping) and bool(value) and all(isinstance(v, _View) for v in value.values())
         return tensors or isinstance(value, _StandIn)
 
-    if is_one(content):
-        return content
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{label} holds a {type(content).__name__}, not a network")
-    found = [key for key, value in content.items() if is_one(value)]
-    if len(found) != 1:
-        raise CheckpointError(f"{label} holds {len(found)} networks ({', '.join(map(str, found or list(content)[:8]))}), not one")
-    return content[found[0]]
+    if not is_one(content):
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{label} holds a {type(content).__name__}, not a network")
+        found = [key for key, value in content.items() if is_one(value)]
+        if len(found) != 1:
+            raise CheckpointError(f"{label} holds {len(found)} networks ({', '.join(map(str, found or list(content)[:8]))}), not one")
+        content = content[found[0]]
+    wrapped = isinstance(content, _StandIn) and type(content).__name__ in ("DataParallel", "DistributedDataParallel")
+    return _named(content, "_modules").get("module", content) if wrapped else content
 
 
 def _walk(network: Any, label: str) -> Iterator[tuple[str, _StandIn]]:
