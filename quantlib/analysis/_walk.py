@@ -188,6 +188,7 @@ _MOVE_MODULES = (
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _PRELU = 2  # operations per element: compare, multiply
 
 
@@ -335,7 +336,7 @@ class _Walker:
             y = self.linear(m, x, shape)
         elif isinstance(m, _BATCH_NORMS):
             y = self.batch_norm(x, shape, m.num_features)
-        elif hasattr(m, "trunc_quant") and enabled(m.trunc_quant):
+        elif enabled(getattr(m, "trunc_quant", None)) and self.call.args[0].quant is not None:
             y = self.truncated(m, x, shape)
         elif isinstance(m, _POOLS):
             y = self.average(x, shape, _terms(m, x.shape, shape))
@@ -366,7 +367,7 @@ class _Walker:
         if isinstance(m, qnn.QuantCat):
             return self.move(inputs, shape)
         held = [n for n, p in m.named_parameters() if sum(size > 1 for size in p.shape) > 1]
-        if held:
+        if held and not isinstance(m, _NORMS):
             raise self.refuse(
                 f"no rule for this layer, which holds {', '.join(held)}. Convolutions and linear layers of torch.nn, brevitas.nn and "
                 "quantlib.layers have one, and F.conv2d, F.linear and torch.matmul inside your own modules"

@@ -98,7 +98,9 @@ class MicroNetCost:
             (r.name, r.kind, shape((1, *r.output)), r.accumulator, *(getattr(r, c) for c in columns), float(self.of(r))) for r in self.rows
         ]
         total = ("total", "", "", "", *(self.total(c) for c in columns), repr(self.printed))
-        sums = f"memory {self.memory_bits:,} bits, operations {self.math_bits:,} bits, score {self.printed!r} (exactly {float(self.score)!r})"
+        sums = (
+            f"memory {self.memory_bits:,} bits, operations {self.math_bits:,} bits, score {self.printed!r} (exactly {float(self.score)!r})"
+        )
         return f"{aligned(header, [*body, total], left=2)}\n{sums}"
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from quantlib.analysis._table import aligned, shape
-from quantlib.analysis._walk import COMPUTE, AnalysisError, Step, Window, walk
+from quantlib.analysis._walk import COMPUTE, AnalysisError, Step, Walk, Window, walk
 
 Array = Literal["systolic", "fuse"]
 Bucket = Literal["pointwise", "depthwise", "other"]
@@ -142,8 +142,12 @@ def systolic_latency(
         raise AnalysisError(f"array is one of {get_args(Array)} and grouped one of {get_args(Grouped)}, not {array!r} and {grouped!r}")
     if rows < 1 or cols < 1:
         raise AnalysisError(f"an array has at least one row and one column, not {rows}x{cols}")
+    return _latency(walk(model, input_shape), rows, cols, array, grouped)
+
+
+def _latency(run: Walk, rows: int, cols: int, array: Array, grouped: Grouped = "refuse") -> Latency:
     found = []
-    for step in walk(model, input_shape).steps:
+    for step in run.steps:
         if step.kind in COMPUTE:
             cycles, bucket = _layer(step, rows, cols, array, grouped)
             found.append(LayerLatency(step.name, bucket, cycles, step.inputs[0].shape[1:], step.output.shape[1:]))
