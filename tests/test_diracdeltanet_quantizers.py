@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 from pathlib import Path
 from typing import Any
@@ -207,5 +208,8 @@ def test_injectors_in_plain_brevitas_layers_and_loading() -> None:
     (coef,) = act.parameters()
     act.load_state_dict({next(iter(act.state_dict())): torch.tensor([3.0])}, strict=True)
     assert next(act.parameters()) is coef and float(coef.detach()) == 3.0
+    other = copy.deepcopy(act)
+    other.load_state_dict({next(iter(act.state_dict())): torch.tensor([5.0])}, strict=True)
+    assert float(next(act.parameters()).detach()) == 3.0 and float(next(other.parameters()).detach()) == 5.0
     with torch.autocast("cpu", torch.bfloat16):
         assert act(torch.ones(2, dtype=torch.bfloat16)).value.dtype is torch.float32

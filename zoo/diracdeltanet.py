@@ -269,8 +269,8 @@ def diracdeltanet_imagenet(
         title="DiracDeltaNet for CIFAR-10: the stem does not pool",
         input_shape=(3, 32, 32),
         classes=10,
-        parameters=715_277,
-        macs=28_682_240,
+        parameters=578_061,
+        macs=26_579_968,
         options=_OPTIONS,
         converts=(),
         normalisation=(MEAN, STD),
@@ -294,7 +294,7 @@ def diracdeltanet_cifar10(
     base: int = 64,
     expansion: float = 2.0,
     blocks: tuple[int, ...] = (4, 8, 4),
-    features: int = 1024,
+    features: int = 512,
     num_classes: int = 10,
 ) -> DiracDeltaNet:
     return DiracDeltaNet(pooled=False, **locals())

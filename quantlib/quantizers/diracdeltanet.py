@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from brevitas.inject import ExtendedInjector
-from brevitas.proxy import ActQuantProxyFromInjector, BiasQuantProxyFromInjector, WeightQuantProxyFromInjector
+from brevitas.proxy import BiasQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from quantlib.quantizers.functions import in_float32
-from quantlib.quantizers.injectors import Quantized, _TensorQuant
+from quantlib.quantizers.injectors import OwnScaleProxy, Quantized, _TensorQuant
 
 REAL = 32  # "32 bits" means: not rounded
 
@@ -229,7 +229,7 @@ class UintActDividedClip(ExtendedInjector):
     Options of the layer: bit_width (8 unless given; 32 rounds nothing), output_range R (2), clip_init (2), the first scale_coef.
     """
 
-    proxy_class = ActQuantProxyFromInjector
+    proxy_class = OwnScaleProxy
     tensor_quant = DividedClipQuant
     bit_width = 8
     signed = False
