@@ -195,6 +195,7 @@ def test_compiled_cpp_of_the_whole_network(graph, image, tmp_path):
     ours, theirs = ql.run(graph, x, integers=True), hls.csim(x, integers=True)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[edge], theirs[edge]) for edge in ours)
     assert torch.equal(hls.csim(real(x)), ql.run(graph, x))
+    assert torch.equal(hls.csim(image, mode="fifo"), ql.run(graph, image))  # 13 residual branches on FIFOs of the generated depths
 
 
 # ---------------------------------------------------------------- structure
