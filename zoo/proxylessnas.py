@@ -251,8 +251,8 @@ _QUANTIZED: dict[str, Any] = {
         "The final pool sums 49 codes and shifts by 6: 49/64 of the mean, and the network is trained that way. The published code floors "
         "that in floats, one too low for many sums that are multiples of 64; here it is exact. The classifier's bias has the 19 bits of "
         "its accumulator. Logits are integers times one scale: ties occur, and an accuracy needs a rule for them. "
-        "As published: scales are at least 2e-16 (2^-16 may have been meant), gradients clip before they round, and the cost's accumulators "
-        "are counted with output channels where fan-in was meant."
+        "As published: scales are at least 2e-16 (2^-16 may have been meant), gradients clip before they round, and the cost counts "
+        "accumulators with output channels where fan-in was meant."
     ),
 }
 
