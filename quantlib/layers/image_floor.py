@@ -32,10 +32,6 @@ class ImageFloor(Layer, nn.Module):
             raise ValueError(f"an image keeps 1 to 8 bits, or 32 for all of them, got {bits}")
         self.bits = int(bits)
 
-    @property
-    def out_bits(self) -> int | None:
-        return None if self.bits == REAL else self.bits
-
     def forward(self, x: Tensor) -> Tensor:
         return image_floor(x, self.bits)
 
@@ -47,6 +43,11 @@ class ImageFloor(Layer, nn.Module):
         ends = torch.tensor([edge.type.lo, edge.type.hi], dtype=torch.float64) * float(edge.type.scale.max())
         low, high = (image_floor(ends, self.bits) * 2**self.bits).long().tolist()
         return g.quantize(self, edge, Grid(low, high, 2.0**-self.bits), uniform=True)
+
+    @property
+    def out_bits(self) -> int:
+        """Bits of the codes it gives."""
+        return min(self.bits, 8)
 
     def input_grid(self) -> Grid:
         """Raw pixels: 0..255 of scale 1/256."""
