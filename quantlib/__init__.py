@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantlib import analysis as analysis
+    import quantlib.analysis as analysis
+    import quantlib.search as search
     from quantlib import layers as layers
     from quantlib import quantizers as quantizers
-    from quantlib import search as search
     from quantlib.evaluator import run as run
     from quantlib.hls import export as export
     from quantlib.io.graph import load as load
