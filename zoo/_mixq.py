@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -116,6 +116,13 @@ class Row:
     bias: bool = False
 
 
+def widened(rows: Sequence[Row], width: float) -> tuple[Row, ...]:
+    """The rows with their channels times `width`, at least 4; the head and depthwise rows stay."""
+    if not 0 < width <= 8:
+        raise ValueError(f"width multiplies the channels and lies in 0..8, got {width}")
+    return tuple(replace(row, out=max(4, round(row.out * width))) if row.norm and row.out else row for row in rows)
+
+
 def stack(
     rows: Sequence[Row],
     first: int,
@@ -160,31 +167,49 @@ class Network(nn.Module):
         """The authors' state dicts, fixed-bit, float and DoReFa: their positions in natural order are our layers in order.
 
         The buffers size_product, memory_size and in_width, which every forward run fills anew, are left out. Bits that the checkpoint
-        states (`model_params`) must be the model's. CheckpointError for other bits and for the supernet of a search.
+        states (`model_params`) must be the model's. A search's checkpoint fits the supernet made of this network, alphas included.
+        CheckpointError for other bits, and for alphas where the model has none.
         """
-        for option, key, own in (("weight_bits", "bitw", self.weight_bits), ("act_bits", "bita", self.act_bits)):
+        for option, key, own_bits in (("weight_bits", "bitw", self.weight_bits), ("act_bits", "bita", self.act_bits)):
             stated = tensors.pop(f"model_params.{key}", None)
-            if stated is not None and tuple(stated.tolist()) != own:
-                found, ours = ("".join(map(str, bits)) for bits in (stated.tolist(), own))
+            if stated is not None and tuple(stated.tolist()) != own_bits:
+                found, ours = ("".join(map(str, bits)) for bits in (stated.tolist(), own_bits))
                 raise CheckpointError(
                     f"the checkpoint was trained with {option} {found}, the model has {ours or 'none (it is the float form)'}"
                 )
-        if any("alpha_activ" in key for key in tensors):
-            raise CheckpointError(
-                "this is the checkpoint of a search (it has alphas): read its bits off, and train a network of those bits"
-            )
         tensors = {k: v for k, v in tensors.items() if k.rsplit(".", 1)[-1] not in ("size_product", "memory_size", "in_width")}
         if tensors.keys() == self.state_dict().keys():
             return tensors
-        layers = [name for name, m in self.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        norms = [name for name, m in self.named_modules() if isinstance(m, nn.BatchNorm2d)]
         prefixes = sorted({key.rsplit(".", 1)[0] for key in tensors}, key=_natural)
-        theirs_norms = [p for p in prefixes if f"{p}.running_mean" in tensors]
-        theirs_layers = [p for p in prefixes if f"{p}.weight" in tensors and tensors[f"{p}.weight"].dim() > 1]
-        if (len(layers), len(norms)) != (len(theirs_layers), len(theirs_norms)):
+        own = [[name for name, m in self.named_modules() if kind(m)] for kind in _KINDS]
+        theirs = [
+            [p for p in prefixes if f"{p}.weight" in tensors and tensors[f"{p}.weight"].dim() > 1],
+            [p for p in prefixes if f"{p}.running_mean" in tensors],
+            [p for p in prefixes if f"{p}.alpha_activ" in tensors],
+            [p for p in prefixes if f"{p}.alpha_weight" in tensors],
+        ]
+        if theirs[2] and not own[2]:
+            raise CheckpointError(
+                "this is the checkpoint of a search (it has alphas): read its bits off and train a network of those bits, or load it into "
+                "ql.search.supernet(model, input_shape=...)"
+            )
+        if [len(found) for found in own] != [len(found) for found in theirs]:
             return tensors
-        names = dict(zip((*theirs_layers, *theirs_norms), (*layers, *norms), strict=True))
-        return {f"{names.get(p, p)}.{leaf}": value for (p, leaf), value in ((k.rsplit(".", 1), v) for k, v in tensors.items())}
+        names = {(p, group): n for group, pairs in enumerate(zip(theirs, own, strict=True)) for p, n in zip(*pairs, strict=True)}
+        translated = {}
+        for key, value in tensors.items():
+            prefix, leaf = key.rsplit(".", 1)
+            group = 2 if leaf == "alpha_activ" else 3 if leaf == "alpha_weight" else 1 if (prefix, 1) in names else 0
+            translated[f"{names.get((prefix, group), prefix)}.{leaf}"] = value
+        return translated
+
+
+_KINDS: tuple[Callable[[nn.Module], bool], ...] = (  # of published keys: weights, norms, alphas of activations and of weights
+    lambda m: isinstance(m, nn.Conv2d | nn.Linear),
+    lambda m: isinstance(m, nn.BatchNorm2d),
+    lambda m: isinstance(getattr(m, "alpha_activ", None), nn.Parameter),
+    lambda m: isinstance(getattr(m, "alpha_weight", None), nn.Parameter),
+)
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
@@ -198,4 +223,5 @@ def describe_bits(options: Iterable[str]) -> dict[str, str]:
         "act_bits": "bits of each layer's input, a digit string or a list; the first are those of the image",
         "setting": f"a named pair of both: {', '.join(options)}",
         "quantizer": "'mixq': constant steps; 'dorefa': tanh and powers of two, as in the older classes; 'float': no quantizers",
+        "width": "factor on the channels of every layer but the head, for small trials",
     }

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.layers import ConstantStepLinear, SpaceToDepth
+from quantlib.tails import ConversionError
 from quantlib.training.detection.head import cells, decode
-from zoo._mixq import FAMILIES, SETTINGS, Bits, Network, Quantizer, Row, chosen_bits, describe_bits, stack
+from zoo._mixq import FAMILIES, SETTINGS, Bits, Network, Quantizer, Row, chosen_bits, describe_bits, stack, widened
 from zoo._registry import Card, Claim, register
 
 HEAD = 36  # 6 anchors of x, y, w, h, object, class
@@ -25,24 +26,37 @@ HEAD = 36  # 6 anchors of x, y, w, h, object, class
 class VGGtiny(Network):
     """(N, 3, 32, 32), pixel / 256 -> (N, classes). The classifier has 8 bits of weights and of inputs, whatever the layers have."""
 
-    def __init__(self, bits: tuple[tuple[int, ...], tuple[int, ...]], quantizer: Quantizer, classes: int) -> None:
+    def __init__(self, rows: tuple[Row, ...], bits: tuple[tuple[int, ...], tuple[int, ...]], quantizer: Quantizer, classes: int) -> None:
         super().__init__(*bits)
         real = quantizer == "float"  # published: pooled before the norm, so weights do not carry over where a norm has a negative slope
-        self.layers = stack(VGGTINY, 0, 3, FAMILIES[quantizer], bits, pool_before_norm=real)
+        self.layers = stack(rows, 0, 3, FAMILIES[quantizer], bits, pool_before_norm=real)
         self.flatten, self.act6 = nn.Flatten(), FAMILIES[quantizer].activation(8, False)
-        size = VGGTINY[-1].out * 4 * 4
+        size = rows[-1].out * 4 * 4
         self.linear = nn.Linear(size, classes) if real else ConstantStepLinear(size, classes, bits=8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.act6(self.flatten(self.layers(x))))  # type: ignore[no-any-return]
 
 
+class Boxes(nn.Module):
+    """The published outputs of a head's map (N, 36, rows, columns): [p] in training, (decoded, (p,)) in eval mode."""
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> list[Tensor] | tuple[Tensor, tuple[Tensor]]:
+        return [cells(x)] if self.training else (decode(x, size), (cells(x),))
+
+    def lower(self, g: Any, x: Any, size: tuple[int, int]) -> Any:
+        raise ConversionError(
+            f"{g.path}: sigmoid and exp of the decoded boxes have no integers. Build the network with decode=False, and apply "
+            "quantlib.training.detection.head.decode to the result of ql.run"
+        )
+
+
 class Detector(Network):
     """(N, 3, H, W), BGR pixel / 256 -> the head's map (N, 36, H / 2^pools, W / 2^pools).
 
     With branch = (a, b) the output of layer a - 1, before its pool, also enters layer b, as space to depth in front of its channels.
-    decode: the published outputs instead, [p] in training, (decoded, (p,)) in eval mode: p (N, 6, rows, columns, 6) are the head's numbers
-    by anchor, decoded (N, 6 rows columns, 6) boxes in pixels (`quantlib.training.detection.head.decode`).
+    decode: the published outputs of `Boxes` instead: p (N, 6, rows, columns, 6) are the head's numbers by anchor, decoded
+    (N, 6 rows columns, 6) boxes in pixels (`quantlib.training.detection.head.decode`).
     """
 
     def __init__(
@@ -55,7 +69,8 @@ class Detector(Network):
         branch: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(*bits)
-        family, self.decode = FAMILIES[quantizer], decode
+        family = FAMILIES[quantizer]
+        self.boxes = Boxes() if decode else None
         self.branch = branch
         if branch is None:
             self.layers = stack(rows, 0, 3, family, bits, six)
@@ -72,9 +87,7 @@ class Detector(Network):
             x = self.stem(x)
             x = torch.cat([self.reorg(x), self.deep(x)], 1)
         x = self.layers(x)
-        if not self.decode:
-            return x
-        return [cells(x)] if self.training else (decode(x, size), (cells(x),))
+        return x if self.boxes is None else self.boxes(x, size)
 
 
 VGGTINY = (Row(64), Row(64, pool=True), Row(128), Row(128, pool=True), Row(256), Row(256, pool=True))
@@ -126,11 +139,13 @@ def vggtiny_cifar10(
     act_bits: Bits | None = None,
     setting: str | None = None,
     quantizer: Quantizer = "mixq",
+    width: float = 1.0,
     num_classes: int = 10,
 ) -> VGGtiny:
     if quantizer == "dorefa":
         raise ValueError("quantizer='dorefa': this form exists of the detectors only; give 'mixq' or 'float'")
-    return VGGtiny(chosen_bits("vggtiny_cifar10", len(VGGTINY), weight_bits, act_bits, setting, quantizer), quantizer, num_classes)
+    bits = chosen_bits("vggtiny_cifar10", len(VGGTINY), weight_bits, act_bits, setting, quantizer)
+    return VGGtiny(widened(VGGTINY, width), bits, quantizer, num_classes)
 
 
 @register(
@@ -154,10 +169,11 @@ def ultranet_dacsdc(
     act_bits: Bits | None = None,
     setting: str | None = None,
     quantizer: Quantizer = "mixq",
+    width: float = 1.0,
     decode: bool = False,
 ) -> Detector:
     bits = chosen_bits("ultranet_dacsdc", len(ULTRANET), weight_bits, act_bits, setting, quantizer)
-    return Detector(ULTRANET, bits, quantizer, decode)
+    return Detector(widened(ULTRANET, width), bits, quantizer, decode)
 
 
 @register(
@@ -181,10 +197,11 @@ def ultranet_bypass_dacsdc(
     act_bits: Bits | None = None,
     setting: str | None = None,
     quantizer: Quantizer = "mixq",
+    width: float = 1.0,
     decode: bool = False,
 ) -> Detector:
     bits = chosen_bits("ultranet_bypass_dacsdc", len(ULTRANET_BYPASS), weight_bits, act_bits, setting, quantizer)
-    return Detector(ULTRANET_BYPASS, bits, quantizer, decode, branch=(4, 7))
+    return Detector(widened(ULTRANET_BYPASS, width), bits, quantizer, decode, branch=(4, 7))
 
 
 @register(
@@ -210,11 +227,12 @@ def skynet_dacsdc(
     act_bits: Bits | None = None,
     setting: str | None = None,
     quantizer: Quantizer = "mixq",
+    width: float = 1.0,
     decode: bool = False,
     bypass: bool = False,
 ) -> Detector:
     bits = chosen_bits("skynet_dacsdc", 13, weight_bits, act_bits, setting, quantizer)
-    return Detector(skynet(3, bypass), bits, quantizer, decode, six=True, branch=(6, 10) if bypass else None)
+    return Detector(widened(skynet(3, bypass), width), bits, quantizer, decode, six=True, branch=(6, 10) if bypass else None)
 
 
 @register(
@@ -234,6 +252,8 @@ def skynetk5_dacsdc(
     act_bits: Bits | None = None,
     setting: str | None = None,
     quantizer: Quantizer = "mixq",
+    width: float = 1.0,
     decode: bool = False,
 ) -> Detector:
-    return Detector(skynet(5), chosen_bits("skynetk5_dacsdc", 13, weight_bits, act_bits, setting, quantizer), quantizer, decode, six=True)
+    bits = chosen_bits("skynetk5_dacsdc", 13, weight_bits, act_bits, setting, quantizer)
+    return Detector(widened(skynet(5), width), bits, quantizer, decode, six=True)

@@ -44,6 +44,8 @@ def load(model: nn.Module, source: Source) -> nn.Module:
 def read(source: Source) -> Tensors:
     """The tensors of a file or a mapping, by their own keys, on the CPU. CheckpointError on anything but plain tensors."""
     if isinstance(source, Mapping):
+        if any(isinstance(value, Mapping) for value in source.values()):
+            return _state_dict(source, "the mapping")
         return {str(key): _tensor(key, value) for key, value in source.items()}
     path = Path(source)
     if not path.is_file():
@@ -89,7 +91,11 @@ def _is_torch_file(path: Path) -> bool:
 
 
 def _state_dict(content: Any, label: str) -> Tensors:
-    """The state dict itself, or the only one inside a training checkpoint such as {"state_dict": ..., "epoch": 7}."""
+    """The state dict itself, or the only one inside a training checkpoint such as {"state_dict": ..., "epoch": 7}.
+
+    Lists of integers under "model_params" are facts about the model, such as its bits: tensors "model_params.<name>" for its
+    translate_checkpoint to compare.
+    """
 
     def is_state(value: Any) -> bool:
         return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
@@ -102,7 +108,14 @@ def _state_dict(content: Any, label: str) -> Tensors:
     if len(inner) != 1:
         found = f"{len(inner)} state dicts ({', '.join(map(str, inner))}); pass one of them as a mapping" if inner else "no state dict"
         raise CheckpointError(f"{label} holds {found}; its keys are {', '.join(map(str, list(content)[:_SHOWN]))}")
-    return {str(key): value for key, value in content[inner[0]].items()}
+    return {str(key): value for key, value in content[inner[0]].items()} | _model_params(content.get("model_params"))
+
+
+def _model_params(params: Any) -> Tensors:
+    if not isinstance(params, Mapping):
+        return {}
+    lists = {key: value for key, value in params.items() if isinstance(value, list) and value and all(isinstance(v, int) for v in value)}
+    return {f"model_params.{key}": torch.tensor(value) for key, value in lists.items()}
 
 
 def _read_npz(path: Path) -> Tensors:
