@@ -46,6 +46,7 @@ class Lowering:
     front_: Front | None = None
     snaps: dict[int, Snap] = field(default_factory=dict)
     views: dict[str, tuple[Edge, np.ndarray]] = field(default_factory=dict)
+    settled: dict[int, tuple[Value, Edge | None]] = field(default_factory=dict)
     tails: dict[str, tuple[Map, Edge, Grid]] = field(default_factory=dict)
 
     # -------------------------------------------------------- context
@@ -150,7 +151,7 @@ class Lowering:
                 f"input=ql.Grid(0, 255, 1 / 255)), "
                 "or begin the model with an input quantizer (QuantIdentity, ThermometerEncoder)."
             )
-        edge = self._still_integer(x)
+        edge = self._settled(x)
         if edge is None:
             raise ConversionError(
                 f"{self.path}: it needs integers, but its input is the real-valued result of {x.label}. Put a quantizer in "
@@ -158,6 +159,12 @@ class Lowering:
                 "SharedHardTanh after a residual add, or FixedPoint(bits, fraction) where a real-valued join is wanted)."
             )
         return edge
+
+    def _settled(self, x: Map | Move) -> Edge | None:
+        """`_still_integer`, made once however many layers read x."""
+        if id(x) not in self.settled:
+            self.settled[id(x)] = x, self._still_integer(x)
+        return self.settled[id(x)][1]
 
     def _still_integer(self, x: Map | Move) -> Edge | None:
         """An expression over one edge whose every value is scale' * integer, with one scale' per channel."""
@@ -235,6 +242,8 @@ class Lowering:
     def sum(self, x: Value, y: Value) -> Value:
         """x + y: an integer add where both are edges of exactly equal scale, else a join to be resolved at the next quantizer."""
         x, y = self._spread((x, y))
+        if isinstance(x, Edge) != isinstance(y, Edge):  # ReLU of a residual stream is still on the stream's grid
+            x, y = (v if isinstance(v, Edge) else self._same_grid(v) or v for v in (x, y))
         if isinstance(x, Edge) and isinstance(y, Edge) and x.type.same_scale(y.type):
             return self.add(ops.Add(), x, y)
         return Map(lambda a, b: a + b, (x, y), self.path, affine=True, uniform=True)
@@ -245,6 +254,14 @@ class Lowering:
             if b.shape in (a.shape, ops.Multiply.gate(a.type)):
                 return self.add(ops.Multiply(), a, b)
         return self.add(ops.Multiply(), *self._spread((x, y)))
+
+    def _same_grid(self, x: Value) -> Edge | None:
+        """Elementwise steps without constants over one edge, as an edge if they leave its grid to it."""
+        leaves = tails.frontier(x)
+        if not isinstance(x, Map) or len(leaves) != 1 or not isinstance(leaves[0], Edge) or not tails.every(x, "uniform"):
+            return None
+        edge = self._settled(x)
+        return edge if edge is not None and edge.type.same_scale(leaves[0].type) else None
 
     # -------------------------------------------------------- convolutions
 
