@@ -361,6 +361,14 @@ def _record(model: nn.Module, x: Tensor, values: list[Tensor] | None = None) -> 
     return recorder.record
 
 
+def record_once(model: nn.Module, input_shape: tuple[int, ...]) -> Record:
+    """One run of a float32 copy of `model` in eval mode on one image of input_shape (no batch axis), without `capture`'s proof: for
+    questions about shapes and order alone."""
+    copied = copy.deepcopy(unwrapped(model)).cpu().float().eval()
+    with torch.random.fork_rng(devices=[]):
+        return _record(copied, torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0)))
+
+
 def values_of(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Every value that a run of the model on x makes, numbered as in its Record; in the model's own precision, nothing snapped."""
     values: list[Tensor] = []
