@@ -24,8 +24,8 @@ class FuSeConv2d(Layer, nn.Module):
                odd K
     Arguments: channels; kernel_size K, odd; stride; variant; copies: independent filters per direction (the "x2" networks), row, row',
                column, column' in the output; conv: the class of the 1-D convolutions, called as torch.nn.Conv2d
-               (functools.partial(ScaledIntConv2d, bits=4) for integers)
-    State:     `rows.i.weight` (c, 1, 1, K), `columns.i.weight` (c, 1, K, 1), c = C / 2 or C
+               (functools.partial(ScaledIntConv2d, bits=4) for integers); bias of each of them
+    State:     `rows.i.weight` (c, 1, 1, K), `columns.i.weight` (c, 1, K, 1), c = C / 2 or C, and the biases (c,)
     Source:    Selvam, Ganesan, Kumar, "FuSeConv", DATE 2021, arXiv 2105.13434, section III
 
     One batch norm over the concatenated channels is what the published code writes as one per direction.
@@ -43,6 +43,7 @@ class FuSeConv2d(Layer, nn.Module):
         variant: Variant = "half",
         copies: int = 1,
         conv: Callable[..., nn.Module] = nn.Conv2d,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if variant not in ("half", "full"):
@@ -58,7 +59,7 @@ class FuSeConv2d(Layer, nn.Module):
         self.out_channels = 2 * copies * each
 
         def one(kernel: tuple[int, int], padding: tuple[int, int]) -> nn.Module:
-            return conv(each, each, kernel, stride=stride, padding=padding, groups=each, bias=False)
+            return conv(each, each, kernel, stride=stride, padding=padding, groups=each, bias=bias)
 
         self.rows = nn.ModuleList(one((1, kernel_size), (0, far)) for _ in range(copies))
         self.columns = nn.ModuleList(one((kernel_size, 1), (far, 0)) for _ in range(copies))
