@@ -9,7 +9,6 @@ Counts every integer code that differs between the model and its integers, and e
 from __future__ import annotations
 
 import argparse
-import ast
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import quantlib as ql
 import zoo
 from quantlib.training import accuracy, batched, read_images
 from quantlib.training.data import as_real
+from quantlib.training.flags import network_options
 from quantlib.training.report import write_json
 
 
@@ -61,22 +61,6 @@ def options(argv: list[str] | None) -> Config:
     parser.add_argument("--out", default="build/evaluate", help="folder for the HLS project and report.json")
     values = vars(parser.parse_args(argv))
     return Config(**values | {"option": tuple(values["option"])})
-
-
-def network_options(texts: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE texts as keyword arguments: Python literals, plain words as strings, and BITS,FRACTION as a FixedPoint."""
-    result: dict[str, Any] = {}
-    for item in texts:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise SystemExit(f"--option {item}: write NAME=VALUE")
-        try:
-            result[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            result[name] = value
-        if name == "fixed_point" and isinstance(result[name], tuple):
-            result[name] = ql.FixedPoint(*result[name])
-    return result
 
 
 def real(codes: Tensor, network: str) -> Tensor:

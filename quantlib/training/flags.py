@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,3 +49,21 @@ class _Several:
 
     def __call__(self, text: str) -> tuple[Any, ...]:
         return tuple(self.kind(word) for word in text.split(",") if word)
+
+
+def network_options(texts: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE texts as keyword arguments: Python literals, plain words as strings, and BITS,FRACTION as a FixedPoint."""
+    result: dict[str, Any] = {}
+    for item in texts:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise SystemExit(f"--option {item}: write NAME=VALUE")
+        try:
+            result[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[name] = value
+        if name == "fixed_point" and isinstance(result[name], tuple):
+            from quantlib.layers import FixedPoint
+
+            result[name] = FixedPoint(*result[name])
+    return result
