@@ -161,6 +161,15 @@ def test_integer_logits(recipe):
     assert torch.equal(recipe.model_classes(model, few), ours.argmax(1))
 
 
+def test_integer_logits_of_the_golden(recipe, shared):
+    with np.load(shared / "golden" / "proxylessnas_4b_5b_random.npz") as golden:
+        codes, wanted = torch.from_numpy(golden["input_u8"]), torch.from_numpy(golden["logit_int"].astype(np.int64))
+        state = {key[3:]: golden[key] for key in golden.files if key.startswith("sd/")}
+    model = zoo.load(zoo.get("proxylessnas_4b5b_imagenet"), state).eval()
+    with torch.no_grad():
+        assert torch.equal(recipe.logits(model, (codes[None].float() - 128) / 128)[0], wanted)
+
+
 def read(folder):
     report = json.loads((folder / "report.json").read_text())
     page = (folder / "report.html").read_text()

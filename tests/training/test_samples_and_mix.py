@@ -117,6 +117,34 @@ def test_trained_as_samples(tmp_path):
     assert facts["run"]["kinds"]["trained_as"] == "DropoutSamples(samples=4, rate=0.2)"
 
 
+def test_a_run_goes_on_exactly_where_it_stopped(tmp_path):
+    """Stopped in the middle of an epoch, with masks and mixtures on: weights, rows and checkpoints are those of the run that was not."""
+    images, settings = data(), Fit(epochs=3, batch=8, lr=0.05, save_every=2)
+
+    def run(out, stop=0):
+        model = Net()
+        mix = MixedImages(DropoutSamples(model, 3, 0.2), 1.0)
+        loss = MixedLoss(MeanOverSamples(CrossEntropy(0.1)), mix)
+        if stop:
+            count = iter(range(stop))
+
+            def breaks(*_):
+                if next(count, None) is None:
+                    raise KeyboardInterrupt
+
+            mix.register_forward_pre_hook(breaks)
+        rows = fit(model, images, images, settings, loss, out=out, score=right_on_average, trained_as=mix, resume=True)
+        return [(r.loss, r.train_accuracy, r.test_accuracy) for r in rows]
+
+    whole = run(tmp_path / "whole")
+    for stop in (3, 6, 1):  # after 3 steps; 6 after the checkpoint of step 2; 1 after the one of step 2 of the second epoch
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", stop)
+    assert run(tmp_path / "parts") == whole
+    for name in ("best.safetensors", "log.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
 def test_tensors_with_several_names_are_saved_under_each(tmp_path):
     v = torch.randn(3)
     path = save_checkpoint(tmp_path / "c.safetensors", {"a": v, "b": v, "c": torch.zeros(0), "d": torch.zeros(0)}, {})
