@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -196,6 +198,18 @@ def test_diracdeltanet_cifar10_smoke_and_resume(recipe, tmp_path):
     again = module.main(["--smoke", "--bits=32/32,4/4", "--resume", f"--out={tmp_path}"])
     assert again["training"] == first["training"] and again["accuracy"] == scores  # nothing was trained anew
     assert (tmp_path / "w4a4" / "best.safetensors").read_bytes() == weights
+
+
+def test_the_tutorial_prints_what_it_shows(recipe, root, tmp_path, capsys):
+    page = (root / "docs" / "tutorials" / "synetgy.md").read_text(encoding="utf-8")
+    (tmp_path / "page.py").write_text("".join(re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)), encoding="utf-8")
+    runpy.run_path(str(tmp_path / "page.py"))
+    assert capsys.readouterr().out == "".join(re.findall(r"^```text\n(.*?)^```", page, re.S | re.M))
+    module = recipe("diracdeltanet_imagenet")
+    for command in re.findall(r"^```sh\n(.*?)^```", page, re.S | re.M):
+        words = command.replace("\\\n", " ").split()
+        config = refinery.options(module.Config(), "", words[words.index("recipes/diracdeltanet_imagenet.py") + 1 :], module.HELP, {})
+        assert config.teacher_weights == "resnet50.pth"
 
 
 @pytest.mark.slow
