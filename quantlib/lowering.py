@@ -419,6 +419,9 @@ class Lowering:
             )
             if straight:
                 return self.add(ops.Concat(), *edges)
+            runs = _runs(edges, index)
+            if runs is not None:
+                return self.add(ops.Concat(), *(self._view((edges[i],), part) for i, part in runs))
             flat = [self._view((e,), np.arange(e.type.numel)) for e in edges]
             return self._view((self.add(ops.Concat(), *flat),), index)
         (edge,) = edges
@@ -429,6 +432,10 @@ class Lowering:
         op = _view_op(edge.shape, index)
         if op is None:
             return edge
+        if isinstance(op, ops.Rearrange):
+            slices = _slices(edge.shape, index)
+            if slices is not None:
+                return self.add(ops.Concat(), *(self.add(s, edge) for s in slices))
         result = self.add(op, edge)
         self.views[result.name] = (edge, index)
         return result
@@ -450,6 +457,28 @@ def _conv_sides(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, int]
         return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
     h, w = _torch.pair(padding)
     return h, h, w, w
+
+
+def _runs(edges: tuple[Edge, ...], index: np.ndarray) -> list[tuple[int, np.ndarray]] | None:
+    """The index of a map as one run of channels per edge, each with positions in its own edge; None where edges are interleaved."""
+    if index.ndim != 3:
+        return None
+    bases = np.cumsum([0, *(e.type.numel for e in edges)])
+    owner = np.searchsorted(bases[1:], index.reshape(len(index), -1), side="right")
+    if not (owner == owner[:, :1]).all():
+        return None
+    starts = np.flatnonzero(np.diff(owner[:, 0], prepend=-1))
+    if len(starts) > len(edges):
+        return None
+    return [(int(owner[a, 0]), part - bases[owner[a, 0]]) for a, part in zip(starts, np.split(index, starts[1:]), strict=True)]
+
+
+def _slices(shape: tuple[int, ...], index: np.ndarray) -> list[ops.Slice2d] | None:
+    """Space to depth: blocks of all channels, each a strided slice of the map. As slices they stream; a Rearrange holds the whole map."""
+    if index.ndim != 3 or len(shape) != 3 or len(index) == shape[0] or len(index) % shape[0]:
+        return None
+    found = [_view_op(shape, block) for block in np.split(index, len(index) // shape[0])]
+    return [op for op in found if isinstance(op, ops.Slice2d)] if all(isinstance(op, ops.Slice2d) for op in found) else None
 
 
 def _view_op(shape: tuple[int, ...], index: np.ndarray) -> ops.Op | None:

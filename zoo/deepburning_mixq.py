@@ -155,7 +155,7 @@ def vggtiny_cifar10(
         macs=199_526_400,
         options=_options("ultranet_dacsdc") | _DECODE,
         output_shape=(HEAD, 10, 20),
-        converts=({}, {"setting": "authors"}, {"quantizer": "dorefa", "setting": "ismart"}),
+        converts=({}, {"quantizer": "dorefa", "setting": "ismart"}),
         claims=(
             Claim("IoU, DAC-SDC, SJTU_microe's UltraNet before its bypass", 65.6, "%", "public text of the contest's entry; not checked"),
         ),
