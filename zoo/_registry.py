@@ -64,9 +64,8 @@ class Card:
             f"  {self.paper}" + (f", arXiv {self.arxiv}" if self.arxiv else ""),
             f"  code {self.code}, licence {self.licence}",
         ]
-        lines.append(
-            f"  input {'x'.join(map(str, self.input_shape))}, {self.classes} classes, {self.parameters:,} parameters, {self.macs:,} MAC"
-        )
+        output = f"{self.classes} classes" if self.output_shape is None else f"output {'x'.join(map(str, self.output_shape))}"
+        lines.append(f"  input {'x'.join(map(str, self.input_shape))}, {output}, {self.parameters:,} parameters, {self.macs:,} MAC")
         lines += [f"  option {name}: {text}" for name, text in self.options.items()]
         lines += [f"  published {claim}" for claim in self.claims] + [f"  measured {claim}" for claim in self.measured]
         return "\n".join(lines + ([f"  {self.notes}"] if self.notes else []))
