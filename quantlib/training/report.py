@@ -43,7 +43,16 @@ def figure(plot: Any, caption: str) -> str:
     """A matplotlib figure as an embedded PNG."""
     buffer = io.BytesIO()
     plot.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    data, label = base64.b64encode(buffer.getvalue()).decode(), html.escape(caption)
+    return _picture(buffer.getvalue(), caption)
+
+
+def figure_file(path: Path, caption: str) -> str:
+    """A PNG file, embedded."""
+    return _picture(path.read_bytes(), caption)
+
+
+def _picture(png: bytes, caption: str) -> str:
+    data, label = base64.b64encode(png).decode(), html.escape(caption)
     return f'<figure><img alt="{label}" src="data:image/png;base64,{data}"><figcaption>{label}</figcaption></figure>'
 
 
