@@ -48,6 +48,7 @@ from quantlib.training import (
 from quantlib.training.autoaugment import autoaugment
 from quantlib.training.deploy import Seconds, deploy, finish, integer_accuracy
 from quantlib.training.flags import parse
+from quantlib.training.loop import processes
 from quantlib.training.metrics import evaluating
 from quantlib.training.mix import MixedImages, MixedLoss
 from quantlib.training.optim import Schedule
@@ -237,10 +238,10 @@ def schedule(config: Config, step: Step) -> Schedule:
     return Warmup(config.warmup, then, first=True) if config.warmup else then
 
 
-def settings(config: Config, step: Step, processes: int = 1) -> Fit:
+def settings(config: Config, step: Step, together: int = 1) -> Fit:
     return Fit(
         epochs=step.epochs,
-        batch=config.batch_size * processes,
+        batch=config.batch_size * together,
         lr=step.lr,
         weight_decay=config.weight_decay,
         optimizer=SGD(config.momentum, config.nesterov),
@@ -318,14 +319,13 @@ def make_sample(config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    from accelerate import PartialState
     from accelerate.utils import set_seed
 
     config, console, seconds = options(argv), Console(), Seconds()
-    out, processes = Path(config.out), PartialState()
+    out, together = Path(config.out), processes()
     if is_main_process():
         console.print(f"{config}\n", highlight=False)
-    set_seed(config.seed + processes.local_process_index)
+    set_seed(config.seed + together.local_process_index)
     if config.threads:
         torch.set_num_threads(config.threads)
     last = config.steps[-1]
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     if config.smoke and is_main_process():
         make_sample(config)
-    processes.wait_for_everyone()
+    together.wait_for_everyone()
     with seconds("list files"):
         pixels: dict[str, Any] = {"levels": 128, "mean": (1.0,) * 3, "std": (1.0,) * 3}  # (u8 - 128) / 128
         pixels |= {"lighting": 0.0, "policy": autoaugment}
@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if weights:
             start(model, weights, console)
         trained_as, loss = wrapped(config, step, model)
-        how, folder = settings(config, step, processes.num_processes), out / f"step{number}"
+        how, folder = settings(config, step, together.num_processes), out / f"step{number}"
         if not config.finetune and (folder / "last.safetensors").is_file() and is_main_process():
             console.print(f"{step.title}: goes on from {folder / 'last.safetensors'} (--finetune: afresh)", highlight=False)
         with seconds(step.title):

@@ -346,11 +346,17 @@ class _Run:
         self.rows = [Epoch(**row) for row in facts["rows"]]
 
 
+def processes() -> Any:
+    """accelerate's PartialState, as `fit` will see it: num_processes, local_process_index, wait_for_everyone(). It may be asked before."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def is_main_process() -> bool:
     """True in the one process that writes and converts, of those that `accelerate launch` started."""
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
+    return bool(processes().is_main_process)
 
 
 def _seed_everything(*position: int) -> None:

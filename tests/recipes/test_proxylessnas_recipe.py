@@ -47,8 +47,8 @@ def test_published_commands_are_the_defaults(recipe, number):
     defaults = recipe.options(["--resume=float.pth", "--finetune"])
     given = recipe.options([f"--steps={number}", *COMMANDS[number].split()])
     assert recipe.of_step(given, number) == recipe.of_step(defaults, number) == recipe.STEPS[number]
-    ours = recipe.settings(given, recipe.of_step(given, number), processes=3)
-    assert ours == recipe.settings(defaults, recipe.of_step(defaults, number), processes=3)
+    ours = recipe.settings(given, recipe.of_step(given, number), together=3)
+    assert ours == recipe.settings(defaults, recipe.of_step(defaults, number), together=3)
     assert (ours.batch, ours.weight_decay, ours.optimizer.momentum, ours.optimizer.nesterov) == (288, 3e-5, 0.9, False)
     assert (ours.drop_last, ours.flip, ours.shift, ours.seed, ours.precision) == (True, False, 0, 123456, "no")
     assert [ours.lr * ours.schedule.factor(e, ours.epochs) for e in range(ours.epochs)] == RATES[number]
@@ -163,7 +163,7 @@ def test_integer_logits(recipe):
 
 def test_integer_logits_of_the_golden(recipe, shared):
     with np.load(shared / "golden" / "proxylessnas_4b_5b_random.npz") as golden:
-        codes, wanted = torch.from_numpy(golden["input_u8"]), torch.from_numpy(golden["logit_int"].astype(np.int64))
+        codes, wanted = torch.from_numpy(golden["input_u8"]), torch.from_numpy(golden["logit_int"].astype(np.int64)).flatten()
         state = {key[3:]: golden[key] for key in golden.files if key.startswith("sd/")}
     model = zoo.load(zoo.get("proxylessnas_4b5b_imagenet"), state).eval()
     with torch.no_grad():
