@@ -69,10 +69,11 @@ def threshold_op(codes: np.ndarray, n: np.ndarray, rising: np.ndarray, grid: Gri
 def thresholds_of(codes: np.ndarray, n: np.ndarray, rising: np.ndarray, grid: Grid, t: IntType) -> tuple[np.ndarray, np.ndarray]:
     """From codes (P, C) that are monotone in n (P,): thresholds (C, L) on sign * n, and sign (C, 1). Never true: one above the interval."""
     sign = np.where(rising, 1, -1)
-    ordered = np.where(rising, codes, codes[::-1])
     signed = np.where(rising, n[:, None], -n[::-1, None])  # (P, C), ascending
-    levels = grid.lo + grid.step * np.arange(1, grid.levels)
-    first = np.stack([(ordered < level).sum(0) for level in levels], axis=1)  # (C, L)
+    channels = codes.shape[1]
+    rows = (codes - grid.lo) // grid.step + grid.levels * np.arange(channels)
+    reached = np.bincount(rows.reshape(-1), minlength=channels * grid.levels).reshape(channels, -1)  # integers per code
+    first = np.cumsum(reached, axis=1)[:, :-1]  # (C, L): how many lie below each level
     above = np.concatenate([signed, signed[-1:] + 1]).T
     return np.take_along_axis(above, first, axis=1), sign[:, None]
 
