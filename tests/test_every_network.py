@@ -11,8 +11,10 @@ from torch import nn
 import quantlib as ql
 import zoo
 
-LARGE = 10_000_000  # parameters: beyond this the plain checks take minutes
-NAMES = [pytest.param(n, marks=pytest.mark.slow) if zoo.card(n).parameters > LARGE else n for n in zoo.names()]
+LARGE, LONG = 10_000_000, 60_000_000  # parameters and MACs from which the plain checks of one network take seconds
+NAMES = [
+    pytest.param(n, marks=pytest.mark.slow) if zoo.card(n).parameters > LARGE or zoo.card(n).macs > LONG else n for n in zoo.names()
+]
 CONVERTIBLE = [(name, index) for name in zoo.names() for index in range(len(zoo.card(name).converts))]
 
 
