@@ -63,7 +63,7 @@ class Data(Protocol):
 class Images:
     """codes: uint8 (N, C, H, W) as stored on disk; labels: int64 (N,); name for reports; unreadable: files left out, and why.
 
-    Models see code / levels.
+    Models see (code / levels - mean) / std. side: images are resized to side x side first (`resized`), 0: not at all.
     """
 
     codes: Tensor
@@ -71,6 +71,9 @@ class Images:
     name: str
     unreadable: dict[str, str] = field(default_factory=dict)
     levels: int = 255
+    side: int = 0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.uint8 or self.codes.dim() != 4 or len(self.codes) != len(self.labels):
@@ -94,12 +97,12 @@ class Images:
         augment = augment or Augment()
         draws = self._draws(augment, key)
         for rows in batches:
-            x = as_real(self.codes[rows], self.levels)
+            x = as_real(resized(self.codes[rows], self.side), self.levels)
             if augment.flip:
                 x = torch.where(draws[rows, 2].bool().reshape(-1, 1, 1, 1), x.flip(3), x)
             if augment.shift:
                 x = shifted(x, augment.shift, draws[rows, :2])
-            yield x, self.labels[rows]
+            yield normalised(x, self.mean, self.std), self.labels[rows]
 
     def _draws(self, augment: Augment, key: tuple[int, int]) -> Tensor:
         """(N, 3): offset of the rows and of the columns, in 0 .. 2 shift, and whether to flip."""
@@ -204,7 +207,7 @@ class ImageFiles:
 
     def normalised(self, pixels: np.ndarray) -> Tensor:
         x = as_real(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), self.levels)
-        return (x - torch.tensor(self.mean).reshape(-1, 1, 1)) / torch.tensor(self.std).reshape(-1, 1, 1)
+        return normalised(x, self.mean, self.std)
 
 
 class _Files:
@@ -242,6 +245,20 @@ class _Files:
 def as_real(codes: Tensor, levels: int = 255) -> Tensor:
     """uint8 codes -> float32 in [0, 1], code / levels."""
     return codes.float() / levels
+
+
+def normalised(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(x - mean) / std by channel, (..., C, H, W); x itself for mean 0 and standard deviation 1."""
+    if set(mean) == {0.0} and set(std) == {1.0}:
+        return x
+    return (x - torch.tensor(mean).reshape(-1, 1, 1)) / torch.tensor(std).reshape(-1, 1, 1)
+
+
+def resized(codes: Tensor, side: int) -> Tensor:
+    """uint8 (N, C, H, W) -> (N, C, side, side), bilinear and rounded to codes again, as image libraries enlarge; side 0: unchanged."""
+    if not side or codes.shape[-2:] == (side, side):
+        return codes
+    return F.interpolate(codes.float(), (side, side), mode="bilinear", antialias=True).round().to(torch.uint8)
 
 
 def shifted(x: Tensor, most: int, offsets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantlib.training.data import Data, Images, as_real
+from quantlib.training.data import Data, Images
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,7 +36,8 @@ def predictions(model: nn.Module, data: Images, size: int = 64) -> Tensor:
     """Outputs (N, classes) of the model in eval mode on real images, on the CPU; its mode is restored."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model):
-        return batched(lambda codes: model(as_real(codes, data.levels).to(device)).cpu(), data.codes, size)
+        batches = data.read(torch.arange(len(data)).split(size), None, (0, 0))
+        return torch.cat([model(x.to(device)).cpu() for x, _ in batches])
 
 
 def measure(model: nn.Module, data: Data, scores: Mapping[str, Score], batch: int = 64, workers: int = 0) -> dict[str, float]:
