@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 from dataclasses import fields, replace
 from math import ceil
 
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from quantlib.training import CrossEntropy, Distillation, Epoch, refinery
+from quantlib.training import CrossEntropy, Distillation, Epoch, load_teacher, refinery
 from quantlib.training.data import image_files, random_area
 from quantlib.training.smoke import digit_files
 from zoo.diracdeltanet import CLIP
@@ -102,6 +104,31 @@ def test_the_loss_is_label_refinery(tmp_path):
     assert not loss.teacher.training and not any(p.requires_grad for p in loss.teacher.parameters())
     assert refinery.loss(replace(config, teacher_mode="train"), 3).teacher.training
     assert isinstance(refinery.loss(replace(config, labels=True), 3), CrossEntropy)
+
+
+def test_the_published_form_of_a_teacher(tmp_path, monkeypatch):
+    """resnet50.t7 is a bare pickled module of a class `models.resnet50.ResNet`: its tensors are read, nothing of it runs."""
+    from torchvision.models import get_model
+
+    ours = get_model("squeezenet1_1", weights=None, num_classes=3)
+    module = types.ModuleType("models.resnet50")
+    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.ResNet = type("ResNet", (nn.Module,), {"__module__": module.__name__})
+
+    def pickled(part):
+        """The same tree in classes of torch and of the file's own module."""
+        if not list(part.children()):
+            return part
+        whole = nn.Sequential() if isinstance(part, nn.Sequential) else module.ResNet()
+        for name, child in part.named_children():
+            whole.add_module(name, pickled(child))
+        return whole
+
+    torch.save(pickled(ours), tmp_path / "teacher.t7")
+    teacher = load_teacher("squeezenet1_1", tmp_path / "teacher.t7", 3)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(teacher.eval()(x), ours.eval()(x))
 
 
 def test_clip_scalars_are_inherited_on_conversion_only(recipe, tmp_path):
