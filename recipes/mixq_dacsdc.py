@@ -343,20 +343,27 @@ def test(argv: list[str] | None = None) -> dict[str, Any]:
     config = parse(Use(), test.__doc__ or "", HELP, argv, SHORT_USE)
     prepare(config)
     _, model, path = trained(config, CLASSES)
-    data = pictures(config, "test")[: config.batches * config.batch_size or None].in_memory()
-    scores = overlaps(model, data, config.batch_size)
-    if config.verbose:
-        for name, score in zip(data.paths, scores.tolist(), strict=True):
-            print(f"{name}: {score:.3f}")
-    result: dict[str, Any] = {"weights": str(path), "images": len(data), "IoU": float(scores.mean())}
-    print(f"{path}: IoU {100 * result['IoU']:.2f} % on {len(data):,} pictures")
-    if config.save_pic:
-        folder = Path(config.out) / config.name / "pictures"
-        with torch.no_grad():
-            batches = data.read(torch.arange(len(data)).split(config.batch_size), None, (0, 0))
-            found = torch.cat([best_boxes(model(x), data.size)[:, :4] for x, _ in batches])
-        files = save_pictures(folder, [data.pixels(n) for n in range(len(data))], in_pixels(data.boxes, data.size), found, data.paths)
-        result["pictures"] = [str(file) for file in files]
+    data, folder = pictures(config, "test")[: config.batches * config.batch_size or None], Path(config.out) / config.name / "pictures"
+    scores: list[float] = []
+    files: list[Path] = []
+    for start in range(0, len(data), config.batch_size):
+        part = data[start : start + config.batch_size].in_memory()
+        few, true = part.sample(len(part))
+        found, boxes = best_boxes(predictions(model, few), part.size)[:, :4], in_pixels(true, part.size)
+        scores += overlap(found, boxes).tolist()
+        if config.save_pic:
+            files += save_pictures(folder, [part.pixels(n) for n in range(len(part))], boxes, found, part.paths)
+        if config.verbose:
+            for name, score in zip(part.paths, scores[-len(part) :], strict=True):
+                print(f"{name}: {score:.3f}")
+    result: dict[str, Any] = {
+        "weights": str(path),
+        "images": len(scores),
+        "IoU": sum(scores) / len(scores),
+        "pictures": [str(f) for f in files],
+    }
+    print(f"{path}: IoU {100 * result['IoU']:.2f} % on {len(scores):,} pictures")
+    if files:
         print(f"{len(files)} pictures in {folder}")
     return result
 

@@ -9,9 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
-from quantlib.training import Augment, DataError, Images
-from quantlib.training.detection import SIZE, BoxImages, Label, Ranges, box_images, draw_boxes, frame_weights, make_box_images, read_xml
+from quantlib.training import SGD, Augment, Cosine, DataError, Fit, Group, Images, Ramp, fit
+from quantlib.training.detection import (
+    SIZE,
+    BoxImages,
+    BoxOverlap,
+    DetectionLoss,
+    Label,
+    Ranges,
+    box_images,
+    draw_boxes,
+    frame_weights,
+    make_box_images,
+    read_xml,
+)
 from quantlib.training.detection import augment as changes
 from quantlib.training.detection.drawing import FOUND, TRUE, in_pixels, save_pictures, sheet
 
@@ -264,3 +277,45 @@ def test_sample_is_blue_green_red(tmp_path):
     assert int(images.codes[0, 0].max()) < 30 and int(images.codes[0, 2].min()) > 190
     ((x, _),) = box_images(tmp_path).read([torch.arange(2)], None, (0, 0))
     assert torch.equal(x, images.codes / 256) and isinstance(box_images(tmp_path), BoxImages)
+
+
+class Stop(Exception):
+    pass
+
+
+class Tiny(nn.Module):
+    """Stops in its `steps`-th training step."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 36, 1))
+        self.steps = steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps -= self.training
+        if self.steps == 0:
+            raise Stop
+        return self.body(x)
+
+
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path):
+    """With published groups and warm-up, in the middle of the second epoch."""
+    data = box_images(make_box_images(tmp_path / "set", 20, size=(40, 80)), size=(32, 64)).in_memory()
+    bias = Group(r"\.bias$", lr=0.02, schedule=Ramp(3, 5.0, Cosine(0.001)), momentum_schedule=Ramp(3, 0.9 / 0.937))
+    settings = Fit(3, 4, lr=0.01, flip=True, optimizer=SGD(0.937, nesterov=True), schedule=Cosine(0.001), groups=(bias,), save_every=1)
+
+    def run(folder, steps=0, resume=False):
+        model = Tiny(steps)
+        rows = fit(model, data, data[:6], settings, DetectionLoss(4 / 64), out=tmp_path / folder, resume=resume, score=BoxOverlap((32, 64)))
+        return rows, model
+
+    with pytest.raises(Stop):
+        run("killed", steps=8)
+    rows, whole = run("whole")
+    again, resumed = run("killed", resume=True)
+    assert [(r.loss, r.train_accuracy, r.test_accuracy) for r in rows] == [(r.loss, r.train_accuracy, r.test_accuracy) for r in again]
+    assert rows[-1].loss < rows[0].loss
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
+    assert (tmp_path / "killed/log.csv").read_bytes() == (tmp_path / "whole/log.csv").read_bytes()
