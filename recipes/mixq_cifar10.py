@@ -46,6 +46,7 @@ from quantlib.training.mixq import (
     Priced,
     add_training,
     build,
+    compared,
     draw_history,
     end_of_search,
     found_so_far,
@@ -276,8 +277,11 @@ def export(argv: list[str] | None = None) -> dict[str, Any]:
     folder, data = Path(config.out) / config.name / "export", images(config, "test")
     files = upstream(model, (SHAPE[1], SHAPE[2]), folder / "published", config.config, path.stem)
     done = deploy(model, data.codes, config.part, folder, config.verify_images, config.cpp_images, seconds)
+    with seconds("compare"):
+        facts, sections = compared(model, data.codes[: config.verify_images])
     shown = {"published format": ", ".join(str(file) for file in files)}
-    return finish(f"{kind.network}: export of {path}", folder, config, {}, {}, seconds, done, shown=shown)
+    title = f"{kind.network}: export of {path}"
+    return finish(title, folder, config, {}, {}, seconds, done, facts=facts, shown=shown, sections=sections)
 
 
 def simulation(argv: list[str] | None = None) -> dict[str, Any]:

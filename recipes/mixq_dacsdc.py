@@ -51,6 +51,7 @@ from quantlib.training.mixq import (
     Priced,
     add_training,
     build,
+    compared,
     draw_history,
     end_of_search,
     found_so_far,
@@ -377,8 +378,11 @@ def export(argv: list[str] | None = None) -> dict[str, Any]:
     files = upstream(model, size_of(config), folder / "published", config.config, path.stem)
     few, _ = pictures(config, "test").sample(max(config.verify_images, config.cpp_images))
     done = deploy(model, few.codes, config.part, folder, config.verify_images, config.cpp_images, seconds)
+    with seconds("compare"):
+        facts, sections = compared(model, few.codes[: config.verify_images])
     shown = {"published format": ", ".join(str(file) for file in files)}
-    return finish(f"{kind.network}: export of {path}", folder, config, {}, {}, seconds, done, shown=shown, measure="IoU")
+    title = f"{kind.network}: export of {path}"
+    return finish(title, folder, config, {}, {}, seconds, done, facts=facts, shown=shown, measure="IoU", sections=sections)
 
 
 def simulation(argv: list[str] | None = None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from quantlib.search import costs
 from quantlib.training.checkpoint import load_checkpoint, write_bytes
 from quantlib.training.deploy import Seconds, finish
 from quantlib.training.logs import Epoch
-from quantlib.training.report import figure_file, table
+from quantlib.training.report import figure_file, table, text
 
 ALPHAS = r"alpha_(weight|activ)$"  # names of a supernet's parameters that choose the bits
 
@@ -254,6 +254,15 @@ def upstream(model: nn.Module, size: tuple[int, int], folder: Path, parallelism:
         return write(extract(model, size), folder, parallelism or None, name=name)
     except MixqExportError as error:
         raise SystemExit(str(error)) from error
+
+
+def compared(model: nn.Module, codes: Tensor) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """For a report: how often the published integers and ours differ from the fake-quantized model on uint8 images, as facts and a section."""
+    modes = ("upstream", "corrected") if getattr(model, "branch", None) else ("upstream",)
+    texts = {mode: str(differences(model, codes, mode)) for mode in modes}  # type: ignore[arg-type]
+    page = "".join(f"<p>mode {mode}</p>{text(content)}" for mode, content in texts.items())
+    facts = {mode: content.splitlines() for mode, content in texts.items()}
+    return {"differences": facts}, [("Published integers and ours against the fake-quantized model", page)]
 
 
 def two_simulations(model: nn.Module, codes: Tensor, mode: str, batch: int = 16) -> tuple[Tensor, Tensor, Tensor, str]:

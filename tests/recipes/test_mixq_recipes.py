@@ -217,6 +217,8 @@ def test_smoke(recipe, tmp_path, name):
     for step in ("train", "export"):
         assert done[step]["verify"]["mismatches"] == 0 and not any(done[step]["cpp_mismatches"].values()) and done[step]["cpp_mismatches"]
     folder = tmp_path / done["train"]["config"]["name"]
+    assert any("codes that differ" in line for line in done["export"]["differences"]["upstream"])
+    assert "codes that differ from the model" in (folder / "export" / "report.html").read_text()
     assert {file.name for file in (folder / "export" / "published").iterdir()} == {"config.h", "weights.hpp", "model_param.npz"}
     assert (folder / "hls").is_dir() and (folder / "export" / "report.html").is_file()
 
