@@ -257,7 +257,7 @@ def upstream(model: nn.Module, size: tuple[int, int], folder: Path, parallelism:
 
 
 def compared(model: nn.Module, codes: Tensor) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """For a report: how often the published integers and ours differ from the fake-quantized model on uint8 images, as facts and a section."""
+    """For a report: where codes of the published integers and of ours differ from the model on uint8 images, as facts and a section."""
     modes = ("upstream", "corrected") if getattr(model, "branch", None) else ("upstream",)
     texts = {mode: str(differences(model, codes, mode)) for mode in modes}  # type: ignore[arg-type]
     page = "".join(f"<p>mode {mode}</p>{text(content)}" for mode, content in texts.items())
