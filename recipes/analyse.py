@@ -115,7 +115,7 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
 
 def row(totals: dict[str, Any]) -> dict[str, Any]:
     """The same, one cell each."""
-    flat = {"micronet": lambda v: v["score"], "cycles": lambda v: v["total"]}
+    flat = {"micronet": lambda v: repr(v["score"]), "cycles": lambda v: v["total"]}
     return {k: flat.get(k, lambda v: v)(v) for k, v in totals.items()}
 
 

@@ -4,6 +4,7 @@ from quantlib.analysis._walk import AnalysisError as AnalysisError
 from quantlib.analysis.counting import count as count
 from quantlib.analysis.micronet import CIFAR100 as CIFAR100
 from quantlib.analysis.micronet import IMAGENET as IMAGENET
+from quantlib.analysis.micronet import THRESHOLD_BITS as THRESHOLD_BITS
 from quantlib.analysis.micronet import Reference as Reference
 from quantlib.analysis.micronet import micronet_cost as micronet_cost
 from quantlib.analysis.systolic import plot as plot

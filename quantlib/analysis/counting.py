@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from quantlib.analysis._table import aligned, shape
 from quantlib.analysis._walk import COMPUTE, FLOAT_BITS, Step, walk
+from quantlib.analysis.text import aligned, shape
 
 
 @dataclass(frozen=True)

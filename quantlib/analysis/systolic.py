@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from quantlib.analysis._table import aligned, shape
 from quantlib.analysis._walk import COMPUTE, AnalysisError, Step, Walk, Window, walk
+from quantlib.analysis.text import aligned, shape
 
 Array = Literal["systolic", "fuse"]
 Bucket = Literal["pointwise", "depthwise", "other"]
@@ -182,7 +182,7 @@ def speedup_table(latencies: Mapping[str, Latency], baseline: str) -> str:
 
 
 def plot(latencies: Mapping[str, Latency]) -> Any:
-    """A bar per network, stacked by kind of layer, in cycles: a matplotlib figure, `.savefig(path)` writes it.
+    """A bar per network, in cycles, of parts for each kind of layer: a matplotlib figure, `.savefig(path)` writes it.
 
     AnalysisError without matplotlib (extra 'recipes').
     """
@@ -190,14 +190,14 @@ def plot(latencies: Mapping[str, Latency]) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise AnalysisError("a plot needs matplotlib: install the extra 'recipes'") from error
-    figure = Figure(figsize=(max(4, 1.2 * len(latencies) + 2), 4), layout="constrained")
+    figure = Figure(figsize=(8, 0.4 * len(latencies) + 1.2), layout="constrained")
     axes = figure.subplots()
-    base = [0] * len(latencies)
+    left = [0] * len(latencies)
     for bucket in BUCKETS:
-        heights = [latency.of(bucket) for latency in latencies.values()]
-        axes.bar(list(latencies), heights, bottom=base, label=bucket)
-        base = [b + h for b, h in zip(base, heights, strict=True)]
-    axes.set_ylabel("cycles per image")
-    axes.tick_params(axis="x", rotation=30)
+        widths = [latency.of(bucket) for latency in latencies.values()]
+        axes.barh(list(latencies), widths, left=left, label=bucket)
+        left = [before + more for before, more in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("cycles per image")
     axes.legend()
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
@@ -45,9 +46,14 @@ COLUMNS = {
 }
 
 
-@pytest.fixture(scope="module")
+@cache
+def entry(name: str, fan_in: str = "published") -> MicroNetCost:
+    return micronet_cost(zoo.get(name), (3, 224, 224), fan_in=fan_in)  # type: ignore[arg-type]
+
+
+@pytest.fixture
 def published() -> MicroNetCost:
-    return micronet_cost(zoo.get("proxylessnas_4b5b_imagenet"), (3, 224, 224))
+    return entry("proxylessnas_4b5b_imagenet")
 
 
 def test_published_score(published):
@@ -70,14 +76,23 @@ def test_published_table_row_by_row(published, shared):
 
 
 def test_four_bits_everywhere():
-    cost = micronet_cost(zoo.get("proxylessnas_4b_imagenet"), (3, 224, 224))
+    cost = entry("proxylessnas_4b_imagenet")
     assert (cost.memory_bits, cost.math_bits) == (33_043_776, 13_561_578_424)
     assert float(cost.score) == 0.5118764285488666
 
 
 def test_true_fan_in():
-    cost = micronet_cost(zoo.get("proxylessnas_4b5b_imagenet"), (3, 224, 224), fan_in="true")
-    assert float(cost.score) == 0.541738932989595
+    assert float(entry("proxylessnas_4b5b_imagenet", "true").score) == 0.541738932989595
+
+
+def test_the_table_of_the_page(root):
+    page = (root / "docs" / "analysis.md").read_text(encoding="utf-8")
+    lines = page[page.index("| network | memory bits") :].split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == 3
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        cost = entry(name.partition(",")[0], "true" if "," in name else "published")
+        assert cells == [f"{cost.memory_bits:,}", f"{cost.math_bits:,}", repr(float(cost.score)), repr(cost.printed)]
 
 
 # ---------------------------------------------------------------- the rules, one by one

@@ -197,4 +197,4 @@ def test_tables_speedups_and_plot():
     with pytest.raises(AnalysisError, match="there are base, rows"):
         speedup_table(latencies, "other")
     bars = plot(latencies).axes[0].patches
-    assert [b.get_height() for b in bars] == [v.of(k) for k in ("pointwise", "depthwise", "other") for v in latencies.values()]
+    assert [b.get_width() for b in bars] == [v.of(k) for k in ("pointwise", "depthwise", "other") for v in latencies.values()]
