@@ -24,7 +24,7 @@ from torch import nn
 
 import zoo
 from quantlib.training import refinery
-from zoo.diracdeltanet import inherit
+from zoo.diracdeltanet import inherit, options_of
 
 PUBLISHED = {"LUT": 51_776, "FF": 42_257, "BRAM18": 318, "DSP": 360, "frames/s": 66.3, "MHz": 250}  # 4-bit accelerator on Ultra96
 REAL = 32
@@ -68,24 +68,37 @@ HELP = {
 }
 
 
-def network(config: Config, classes: int) -> nn.Module:
-    """With the weights it starts from: a full-precision network's by the published rule, or those to evaluate as they are."""
-    bits = {option: getattr(config, name) for name, option in BITS.items()}
+def options(config: Config, classes: int) -> dict[str, Any]:
+    """The network's: from the arguments; a published .t7 file says its widths itself, and its bits where it is only measured."""
+    bits = {option: getattr(config, name) for name, option in BITS.items()} | {"from_scratch": not config.inputdir}
     shape: dict[str, Any] = {"base": config.base_channel_size, "expansion": config.expansion, "num_classes": classes}
     if config.smoke:
         shape |= {"blocks": (2, 2, 1), "features": 32}
+    if config.inputdir.lower().endswith(".t7"):
+        said = options_of(config.inputdir)
+        shape |= {name: value for name, value in said.items() if not name.endswith("_bits")}
+        bits = {name: value for name, value in said.items() if name.endswith("_bits")} if config.evaluate else bits
     image = None if config.real_image or REAL in bits.values() else "int8"
-    model = zoo.get("diracdeltanet_imagenet", **shape, **bits, from_scratch=not config.inputdir, signs=config.signs, image=image)
+    return {**shape, **bits, "signs": config.signs, "image": image}
+
+
+def network(config: Config, classes: int) -> nn.Module:
+    """With the weights it starts from: another network's by the published rule for clip scalars, or those to measure as they are."""
+    wanted = options(config, classes)
+    model = zoo.get("diracdeltanet_imagenet", **wanted)
     if config.evaluate:
         zoo.load(model, config.inputdir)
     elif config.inputdir:
-        full = zoo.load(zoo.get("diracdeltanet_imagenet", **shape), config.inputdir)
-        zoo.load(model, inherit(full.state_dict()))
+        shape = {name: wanted[name] for name in ("base", "expansion", "blocks", "features", "num_classes") if name in wanted}
+        source = zoo.load(zoo.get("diracdeltanet_imagenet", **shape), config.inputdir)
+        zoo.load(model, inherit(source.state_dict()))
     return model
 
 
 def run(title: str, config: Config) -> dict[str, Any]:
-    real = [f"--{name}" for name in BITS if getattr(config, name) == REAL] + ["--real_image"] * config.real_image
+    real = [name for name, bits in options(config, 1).items() if name.endswith("_bits") and bits == REAL] + [
+        "real_image"
+    ] * config.real_image
     unquantized = f"real-valued by {', '.join(real)}" if real else ""
     return refinery.run(title, config, lambda classes: network(config, classes), PUBLISHED, unquantized)
 

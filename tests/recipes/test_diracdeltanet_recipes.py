@@ -155,6 +155,18 @@ def test_clip_scalars_are_inherited_on_conversion_only(recipe, tmp_path):
     assert dirac.network(scratch, 2).conv2.weight_quant.bit_width().item() == 8
 
 
+def test_a_published_file_says_what_it_holds(recipe, tmp_path, monkeypatch):
+    """Evaluation takes widths and bits from it, fine-tuning the widths."""
+    dirac, path = recipe("diracdeltanet_imagenet"), "DiracDeltaNet_w1a4.t7"
+    said = {"base": 128, "blocks": (4, 8, 4), "num_classes": 1000} | dict.fromkeys(dirac.BITS.values(), 8) | {"second_weight_bits": 1}
+    monkeypatch.setattr(dirac, "options_of", lambda source: said if source == path else None)
+    measured = dirac.options(dirac.Config(inputdir=path, evaluate=True, weight_bit=3), 1000)
+    assert measured == said | {"expansion": 2.0, "signs": False, "image": "int8"}
+    fine = dirac.options(dirac.Config(inputdir=path, weight_bit=3), 1000)
+    assert (fine["base"], fine["weight_bits"], fine["act_bits"], fine["from_scratch"], fine["image"]) == (128, 3, 32, False, None)
+    assert dirac.options(dirac.Config(inputdir="full.safetensors"), 7)["base"] == 116
+
+
 def read(folder):
     report = json.loads((folder / "report.json").read_text())
     page = (folder / "report.html").read_text()
@@ -175,7 +187,7 @@ def test_diracdeltanet_imagenet_smoke_and_resume(recipe, tmp_path):
     assert report["images"] == {"train": 48, "test": 16} and report["unreadable"] == {}
     scores = report["accuracy"]
     assert scores["model, 8 of sample val, top-1"] == scores["integers, 8 of sample val, top-1"]
-    assert "verify" not in full and full["shown"]["integers"].startswith("none: real-valued by --weight_bit, --act_bit, --first_weight_bit")
+    assert "verify" not in full and full["shown"]["integers"].startswith("none: real-valued by weight_bits, act_bits, first_weight_bits")
     (row,) = report["training"]["diracdeltanet_imagenet 4/4"]["epochs"]
     line = [float(word) for word in (tmp_path / "log.txt").read_text().split()]
     wanted = [0, 100 * row["train_accuracy"], 100 * row["more"]["train top-5"], 3 * row["loss"]]  # 48 images in batches of 16
