@@ -120,8 +120,13 @@ def on_grid(value: Tensor, scale: Tensor, label: str) -> tuple[np.ndarray, np.nd
 
 def quantizer(g: Lowering, proxy: nn.Module, x: Value, label: str) -> Value:
     """An activation quantizer proxy (input_quant, act_quant, output_quant) as an edge."""
+    from quantlib.tails import Map, settle
+
     grid = grid_of(proxy, g.shape(x), label)
-    return g.quantize(lambda t: value_of(proxy(t)), x, grid, uniform=np.asarray(grid.scale).size == 1)
+    tensor_quant = getattr(getattr(proxy, "fused_activation_quant_proxy", None), "tensor_quant", None)
+    before = getattr(tensor_quant, "before_rounding", lambda t: t)  # where results are rescaled: the same without rounding and clip
+    run = Map(lambda t: value_of(proxy(t)), (x,), g.path, uniform=np.asarray(grid.scale).size == 1, pre=before)
+    return settle(g, run, grid)
 
 
 def _enabled(proxy: Any) -> bool:

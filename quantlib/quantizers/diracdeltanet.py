@@ -222,6 +222,10 @@ class DividedClipQuant(_TensorQuant):
         scale = torch.full((), self.range / (2**self.bits - 1), dtype=value.dtype, device=value.device)
         return value, scale, self.zero_point, self.bit_width
 
+    def before_rounding(self, x: Tensor) -> Tensor:
+        """R x / a: what is clipped and rounded. Conversion to integers reads slopes from it."""
+        return x * (self.range / self.scale_coef.abs())
+
 
 class UintActDividedClip(ExtendedInjector):
     """`divided_clip`: scale R / (2^bits - 1), zero point 0.
