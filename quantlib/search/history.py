@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ class History:
         self.names: tuple[str, ...] = ()
         self.entries: list[Entry] = []
 
-    def add(self, net: nn.Module, epoch: int, costs: Mapping[str, float] | None = None, losses: Mapping[str, float] | None = None) -> Entry:
+    def add(self, net: nn.Module, epoch: int, costs: Mapping[str, Any] | None = None, losses: Mapping[str, Any] | None = None) -> Entry:
         """Bits that the supernet has now, with the numbers given (tensors of one element are taken as numbers).
 
         ValueError when the supernet has other layers than before.
@@ -47,7 +48,7 @@ class History:
         with torch.no_grad():
             sure = [float(m.shares().max()) for m in layers(net)] + [float(m.input_shares()[1].max()) for m in layers(net)]
         self.names = bits.names
-        numbers = [{k: float(v) for k, v in (given or {}).items()} for given in (costs, losses)]
+        numbers = [{k: float(torch.as_tensor(v).detach()) for k, v in (given or {}).items()} for given in (costs, losses)]
         self.entries.append(Entry(epoch, bits.weight_bits, bits.act_bits, sum(sure) / len(sure), *numbers))
         return self.entries[-1]
 
