@@ -162,11 +162,12 @@ SHORT = {"bram_decay": "--bd", "no_share": "--noshare"}
 SHORT_USE = {"model": "-m", "weights": "-w", "batch_size": "-bs", "batches": "-nb", "verbose": "-v", "config": "-c"}
 
 
-def prepare(config: Common) -> None:
+def prepare(config: Common) -> Known:
     Console().print(f"{config}\n", highlight=False)
     torch.manual_seed(config.seed)
     if config.threads or config.smoke:
         torch.set_num_threads(config.threads or 1)
+    return known(CLASSES, config.model)
 
 
 def images(config: Common, split: str) -> Images:
@@ -202,8 +203,7 @@ def settings(config: Search | Train, epochs: int, groups: tuple[Group, ...] = ()
 def search(argv: list[str] | None = None) -> dict[str, Any]:
     """Search: one step for weights and alphas together, from the same loss of cross entropy and prices."""
     config, seconds = parse(Search(), search.__doc__ or "", HELP | {"epochs": ""}, argv, SHORT), Seconds()
-    prepare(config)
-    folder, kind = Path(config.out) / config.name, known(CLASSES, config.model)
+    kind, folder = prepare(config), Path(config.out) / config.name
     training, testing = images(config, "train"), images(config, "test")
     net = ql.search.supernet(build(kind), input_shape=SHAPE, fixed=FIXED, share=not config.no_share)
     alphas = Group(ALPHAS, lr=config.lra, schedule=Cosine(0.3 * config.lr / config.lra))
@@ -220,8 +220,7 @@ def search(argv: list[str] | None = None) -> dict[str, Any]:
 def train(argv: list[str] | None = None) -> dict[str, Any]:
     """Training with fixed bits, or with none; then conversion, verification, HLS project, C++ and report."""
     config, seconds = parse(Train(), train.__doc__ or "", HELP, argv), Seconds()
-    prepare(config)
-    out, kind = Path(config.out), known(CLASSES, config.model)
+    kind, out = prepare(config), Path(config.out)
     folder = out / config.name
     bits = stated_bits(weights_file(out, config.mixm, "last")) if config.mixm else (config.bitw, config.bita)
     model = build(kind, *bits)
@@ -253,8 +252,7 @@ def train(argv: list[str] | None = None) -> dict[str, Any]:
 def test(argv: list[str] | None = None) -> dict[str, Any]:
     """Accuracy of trained weights on the test images, every image counting once (the published script divides by whole batches)."""
     config = parse(Use(), test.__doc__ or "", HELP, argv, SHORT_USE)
-    prepare(config)
-    _, model, path = trained(config, CLASSES)
+    model, path = trained(config, prepare(config))
     data = images(config, "test")[: config.batches * config.batch_size or None]
     right = torch.cat([right_answers(predictions(model, data[rows]), data.labels[rows]) for rows in batches(config, len(data))])
     if config.verbose:
@@ -272,8 +270,8 @@ def batches(config: Use, count: int) -> tuple[torch.Tensor, ...]:
 def export(argv: list[str] | None = None) -> dict[str, Any]:
     """The published generator's files, and our own conversion, verification and HLS project with its C++ run beside the integers."""
     config, seconds = parse(Use(), export.__doc__ or "", HELP, argv, SHORT_USE), Seconds()
-    prepare(config)
-    kind, model, path = trained(config, CLASSES)
+    kind = prepare(config)
+    model, path = trained(config, kind)
     folder, data = Path(config.out) / config.name / "export", images(config, "test")
     files = upstream(model, (SHAPE[1], SHAPE[2]), folder / "published", config.config, path.stem)
     done = deploy(model, data.codes, config.part, folder, config.verify_images, config.cpp_images, seconds)
@@ -287,8 +285,7 @@ def export(argv: list[str] | None = None) -> dict[str, Any]:
 def simulation(argv: list[str] | None = None) -> dict[str, Any]:
     """Both integer networks, the published exporter's and ours, on test images: accuracy, and how far each is from the trained model."""
     config = parse(Use(batches=4), simulation.__doc__ or "", HELP, argv, SHORT_USE)
-    prepare(config)
-    _, model, path = trained(config, CLASSES)
+    model, path = trained(config, prepare(config))
     data = images(config, "test")[: config.batches * config.batch_size or None]
     *outputs, where = two_simulations(model, data.codes, "upstream")
     names = ("published integers", "our integers", "model")

@@ -342,8 +342,7 @@ def drawings(few: Images, true: Tensor, heads: Tensor, size: tuple[int, int]) ->
 def test(argv: list[str] | None = None) -> dict[str, Any]:
     """Mean overlap (IoU) of the found with the true box on the test pictures; --save-pic draws them."""
     config = parse(Use(), test.__doc__ or "", HELP, argv, SHORT_USE)
-    prepare(config)
-    _, model, path = trained(config, CLASSES)
+    model, path = trained(config, prepare(config))
     data, folder = pictures(config, "test")[: config.batches * config.batch_size or None], Path(config.out) / config.name / "pictures"
     scores: list[float] = []
     files: list[Path] = []
@@ -372,8 +371,8 @@ def test(argv: list[str] | None = None) -> dict[str, Any]:
 def export(argv: list[str] | None = None) -> dict[str, Any]:
     """The published generator's files, and our own conversion, verification and HLS project with its C++ run beside the integers."""
     config, seconds = parse(Use(), export.__doc__ or "", HELP, argv, SHORT_USE), Seconds()
-    prepare(config)
-    kind, model, path = trained(config, CLASSES)
+    kind = prepare(config)
+    model, path = trained(config, kind)
     folder = Path(config.out) / config.name / "export"
     files = upstream(model, size_of(config), folder / "published", config.config, path.stem)
     few, _ = pictures(config, "test").sample(max(config.verify_images, config.cpp_images))
@@ -388,8 +387,7 @@ def export(argv: list[str] | None = None) -> dict[str, Any]:
 def simulation(argv: list[str] | None = None) -> dict[str, Any]:
     """Both integer networks, the published exporter's and ours, on test pictures: IoU, and how far each is from the trained model."""
     config = parse(Use(batch_size=4, batches=4), simulation.__doc__ or "", HELP, argv, SHORT_USE)
-    prepare(config)
-    _, model, path = trained(config, CLASSES)
+    model, path = trained(config, prepare(config))
     few, true = pictures(config, "test").sample(config.batches * config.batch_size)
     facts: dict[str, Any] = {"weights": str(path), "images": len(few)}
     for mode in ("upstream", "corrected") if getattr(model, "branch", None) else ("upstream",):

@@ -240,12 +240,11 @@ def _scores(rows: Sequence[Epoch]) -> dict[str, str]:
     return {"train %": f"{100 * rows[-1].train_accuracy:.2f}", "test %": f"{50 * (rows[-1].test_accuracy + best):.2f}"}
 
 
-def trained(config: Any, classes: Mapping[str, Known]) -> tuple[Known, nn.Module, Path]:
-    """The network that --model, --weights and perhaps --bitw and --bita name, with its weights, in eval mode; and the weights' file."""
-    out, kind = Path(config.out), known(classes, config.model)
-    path = weights_file(out, config.weights or config.name)
+def trained(config: Any, kind: Known) -> tuple[nn.Module, Path]:
+    """The network that --weights (or --name) and perhaps --bitw and --bita give, with its weights, in eval mode; and the weights' file."""
+    path = weights_file(Path(config.out), config.weights or config.name)
     bits = (config.bitw, config.bita) if config.bitw or config.bita else ("", "") if kind.real else stated_bits(path)
-    return kind, zoo.load(build(kind, *bits), path).eval(), path
+    return zoo.load(build(kind, *bits), path).eval(), path
 
 
 def upstream(model: nn.Module, size: tuple[int, int], folder: Path, parallelism: str, name: str) -> list[Path]:
