@@ -221,7 +221,7 @@ _OPTIONS = {
 
 
 INTEGERS = {"first_weight_bits": 8, "first_act_bits": 8, "last_weight_bits": 8, "last_act_bits": 8, "fc_weight_bits": 8, "image": "int8"}
-_REDUCED = {"base": 8, "blocks": (2, 2, 1), "features": 16}
+_REDUCED = {"base": 8, "blocks": (2, 1), "features": 16}
 _README = "README of the published code"
 _PAPER: dict[str, Any] = {
     "paper": "Yang et al., Synetgy: Algorithm-hardware Co-design for ConvNet Accelerators on Embedded FPGAs, FPGA 2019",
@@ -239,10 +239,7 @@ _PAPER: dict[str, Any] = {
         parameters=2_929_615,
         macs=269_229_440,
         options=_OPTIONS,
-        converts=(
-            {"weight_bits": 4, "act_bits": 4, **INTEGERS, **_REDUCED},
-            {"weight_bits": 1, "act_bits": 4, "signs": True, "fc_offset": False, **INTEGERS, **_REDUCED},
-        ),
+        converts=({"weight_bits": 4, "act_bits": 4, **INTEGERS, **_REDUCED},),
         convert_shape=(3, 32, 32),
         normalisation=(MEAN, STD),
         claims=(
@@ -303,7 +300,7 @@ def diracdeltanet_imagenet(
         parameters=578_061,
         macs=26_579_968,
         options=_OPTIONS,
-        converts=({"weight_bits": 2, "act_bits": 4, "from_scratch": True, **INTEGERS, **_REDUCED, "base": 4},),
+        converts=({"weight_bits": 1, "act_bits": 4, "signs": True, "fc_offset": False, **INTEGERS, **_REDUCED},),
         normalisation=(MEAN, STD),
         notes="Ours: the published network with a stem that does not pool, and about half its channels and features.",
         **_PAPER,
