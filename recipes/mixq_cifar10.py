@@ -77,6 +77,7 @@ class Common:
     data: str = "cifar-10-batches-py"
     test: str = ""
     model: str = "VGGtiny"
+    width: float = 1.0
     out: str = "build/mixq_cifar10"
     name: str = "vggtiny"
     images: int = 0
@@ -134,6 +135,7 @@ HELP = {
     "data": "training images: CIFAR-10 as torchvision unpacks it, an .npz, a .zip or a folder of class folders",
     "test": "test images (default: the split `test` of --data)",
     "model": "published class name or name in the zoo; a name that ends in Float is the form without quantizers",
+    "width": "factor on the channels, for small trials",
     "out": "folder of all runs; a run's files are below its name",
     "name": "of the run",
     "images": "per epoch, chosen anew each time (0: all)",
@@ -167,7 +169,7 @@ def prepare(config: Common) -> Known:
     torch.manual_seed(config.seed)
     if config.threads or config.smoke:
         torch.set_num_threads(config.threads or 1)
-    return known(CLASSES, config.model)
+    return known(CLASSES, config.model, config.width)
 
 
 def images(config: Common, split: str) -> Images:

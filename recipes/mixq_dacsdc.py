@@ -91,6 +91,7 @@ class Common:
     data: str = "dac_sdc/train"
     test: str = "dac_sdc/test"
     model: str = "UltraNet_FixQ"
+    width: float = 1.0
     bypass: bool = False
     out: str = "build/mixq_dacsdc"
     name: str = "ultranet"
@@ -167,6 +168,7 @@ HELP = {
     "test": "test pictures in the same layout (published scripts: --datapath)",
     "model": "published class name or name in the zoo; a name that ends in Float is the form without quantizers",
     "bypass": "the same as --model UltraNet_Bypass",
+    "width": "factor on the channels, for small trials",
     "out": "folder of all runs; a run's files are below its name",
     "name": "of the run",
     "img_size": "width that pictures are resized to; they are half as high",
@@ -208,7 +210,7 @@ def prepare(config: Common) -> Known:
     torch.manual_seed(config.seed)
     if config.threads or config.smoke:
         torch.set_num_threads(config.threads or 1)
-    return known(CLASSES, BYPASS if config.bypass else config.model)
+    return known(CLASSES, BYPASS if config.bypass else config.model, config.width)
 
 
 def size_of(config: Common) -> tuple[int, int]:

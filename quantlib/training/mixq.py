@@ -40,8 +40,9 @@ class Known:
         return self.options.get("quantizer") == "float"
 
 
-def known(classes: Mapping[str, Known], name: str) -> Known:
-    """SystemExit lists the names that would have worked. Case, `_` and the suffixes _FixQ and _MixQ do not matter."""
+def known(classes: Mapping[str, Known], name: str, width: float = 1.0) -> Known:
+    """What a published class name means, with `width` as factor on the channels. Case, `_` and the suffixes _FixQ and _MixQ do not matter.
+    SystemExit lists the names that would have worked."""
 
     def plain(word: str) -> str:
         return word.replace("_", "").lower().removesuffix("fixq").removesuffix("mixq")
@@ -49,7 +50,8 @@ def known(classes: Mapping[str, Known], name: str) -> Known:
     found = {plain(key): value for key, value in classes.items()}
     if plain(name) not in found:
         raise SystemExit(f"--model {name}: there are {', '.join(classes)}; _MixQ or _FixQ may follow")
-    return found[plain(name)]
+    kind = found[plain(name)]
+    return kind if width == 1 else Known(kind.network, dict(kind.options) | {"width": width})
 
 
 def build(kind: Known, bitw: str = "", bita: str = "") -> nn.Module:
@@ -127,7 +129,8 @@ def price_of(kind: Known, model: nn.Module, shape: tuple[int, ...], fixed: Seque
         return {}
     facts: dict[str, Any] = {"bitw": _digits(weights), "bita": _digits(acts)}
     if set(weights + acts) <= set(range(2, 9)):
-        net = ql.search.supernet(zoo.get(kind.network), input_shape=shape, fixed=fixed)
+        width = {name: value for name, value in kind.options.items() if name == "width"}
+        net = ql.search.supernet(zoo.get(kind.network, **width), input_shape=shape, fixed=fixed)
         figures = ql.search.figures(net, ql.search.make_bits(net, weights, acts))
         facts |= {name: figures[name] for name in ("bitops", "dsps")}
     return facts

@@ -131,6 +131,9 @@ def test_prices_of_published_settings():
         for bitw, bita, dsps in rows:
             facts = price_of(Known(name), build(Known(name), bitw, bita), shape, fixed)
             assert (facts["bitw"], facts["bita"], round(facts["dsps"], 3)) == (bitw, bita, dsps)
+    half = Known("vggtiny_cifar10", {"width": 0.5})
+    facts = price_of(half, build(half, "444444", "444444"), (3, 32, 32), ("linear",))
+    assert facts["bitops"] == pytest.approx(16 * (1.769472 / 2 + (152.764416 - 1.769472) / 4), rel=1e-9)  # MAC in millions; sums of floats
     assert price_of(Known("vggtiny_cifar10"), build(Known("vggtiny_cifar10", {"quantizer": "float"})), (3, 32, 32), ("linear",)) == {}
     assert price_of(Known("vggtiny_cifar10"), build(Known("vggtiny_cifar10"), "822221"), (3, 32, 32), ("linear",)) == {
         "bitw": "822221",
