@@ -25,8 +25,8 @@ class Layer:
 
     examples() -> [(module, input)]: small networks of odd shapes around the layer that convert as they stand (a quantizer in front of what
     needs integers, one behind what is no quantizer), with float32 images (N, C, H, W) or (N, C), on the layer's `input_grid()` where it has
-    one. A layer that is no plain Brevitas layer has `lower(g, x)` right under `forward`. Without a Brevitas quantizer it says the bits of its
-    codes as `out_bits` and those of its weights as `weight_bits`; one that only moves elements says `moves = True` (docs/analysis.md).
+    one. A layer that is no plain Brevitas layer has `lower(g, x)` right under `forward`. Without a Brevitas quantizer it says the bits of
+    its codes as `out_bits` and those of its weights as `weight_bits`; one that only moves elements says `moves = True` (docs/analysis.md).
     """
 
     registry: ClassVar[dict[str, type[Layer]]] = {}
