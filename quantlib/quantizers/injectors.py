@@ -10,6 +10,8 @@ for constant scales, `...tensor_quant.scaling_impl.value` (log2 domain) for lear
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from brevitas import config
 from brevitas.core.function_wrapper import Identity
@@ -118,6 +120,8 @@ class LearnedScaleQuant(_TensorQuant):
 class OwnScaleProxy(ActQuantProxyFromInjector):
     """Keeps the scale of its own layer when it is built anew. A deep copy of a layer shares its injector, which names the first layer's
     proxy: without this, loading weights into a copy would bind both layers to one scale."""
+
+    quant_injector: Any
 
     def init_tensor_quant(self) -> None:
         self.quant_injector = self.quant_injector.let(proxy_module=self)
