@@ -54,6 +54,7 @@ from quantlib.training.mixq import (
     price_of,
     prices,
     run,
+    run_folder,
     stated_bits,
     trained,
     two_simulations,
@@ -274,7 +275,7 @@ def export(argv: list[str] | None = None) -> dict[str, Any]:
     config, seconds = parse(Use(), export.__doc__ or "", HELP, argv, SHORT_USE), Seconds()
     kind = prepare(config)
     model, path = trained(config, kind)
-    folder, data = Path(config.out) / config.name / "export", images(config, "test")
+    folder, data = run_folder(config) / "export", images(config, "test")
     files = upstream(model, (SHAPE[1], SHAPE[2]), folder / "published", config.config, path.stem)
     done = deploy(model, data.codes, config.part, folder, config.verify_images, config.cpp_images, seconds)
     with seconds("compare"):
@@ -296,7 +297,7 @@ def simulation(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"{name}: {100 * value:.2f} % of {len(data):,} images")
     print(where)
     facts = {"weights": str(path), "images": len(data), "accuracy": result, "differences": where.splitlines()}
-    write_json(Path(config.out) / config.name / "simulation.json", facts)
+    write_json(run_folder(config) / "simulation.json", facts)
     return facts
 
 

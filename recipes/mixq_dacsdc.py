@@ -59,6 +59,7 @@ from quantlib.training.mixq import (
     price_of,
     prices,
     run,
+    run_folder,
     stated_bits,
     trained,
     two_simulations,
@@ -345,7 +346,7 @@ def test(argv: list[str] | None = None) -> dict[str, Any]:
     """Mean overlap (IoU) of the found with the true box on the test pictures; --save-pic draws them."""
     config = parse(Use(), test.__doc__ or "", HELP, argv, SHORT_USE)
     model, path = trained(config, prepare(config))
-    data, folder = pictures(config, "test")[: config.batches * config.batch_size or None], Path(config.out) / config.name / "pictures"
+    data, folder = pictures(config, "test")[: config.batches * config.batch_size or None], run_folder(config) / "pictures"
     scores: list[float] = []
     files: list[Path] = []
     for start in range(0, len(data), config.batch_size):
@@ -375,7 +376,7 @@ def export(argv: list[str] | None = None) -> dict[str, Any]:
     config, seconds = parse(Use(), export.__doc__ or "", HELP, argv, SHORT_USE), Seconds()
     kind = prepare(config)
     model, path = trained(config, kind)
-    folder = Path(config.out) / config.name / "export"
+    folder = run_folder(config) / "export"
     files = upstream(model, size_of(config), folder / "published", config.config, path.stem)
     few, _ = pictures(config, "test").sample(max(config.verify_images, config.cpp_images))
     done = deploy(model, few.codes, config.part, folder, config.verify_images, config.cpp_images, seconds)
@@ -401,7 +402,7 @@ def simulation(argv: list[str] | None = None) -> dict[str, Any]:
             print(f"{name}: IoU {100 * value:.2f} % on {len(few)} pictures")
         print(where)
         facts[mode] = {"IoU": scores, "differences": where.splitlines()}
-    write_json(Path(config.out) / config.name / "simulation.json", facts)
+    write_json(run_folder(config) / "simulation.json", facts)
     return facts
 
 

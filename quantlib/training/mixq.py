@@ -147,6 +147,13 @@ def weights_file(out: Path, name: str, which: str = "best") -> Path:
     return path
 
 
+def run_folder(config: Any) -> Path:
+    """Where test, export and simulate write: the folder of the run that --weights names, else that of --name."""
+    out = Path(config.out)
+    named = out / config.weights.removesuffix(".pt")
+    return named if config.weights and named.is_dir() else out / config.name
+
+
 def stated_bits(path: Path) -> tuple[str, str]:
     """Weight and activation bits that a checkpoint states, as digit strings, ("", "") where it states none.
 

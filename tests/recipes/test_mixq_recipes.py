@@ -185,8 +185,9 @@ def test_detection_flow(recipe, tmp_path):
     with open(tmp_path / "results.csv") as file:
         kinds = [row[0] for row in csv.reader(file)]
     assert kinds == ["mixed", "fixed"]
-    tested = main(["test", "--smoke", out, "-w", "net", "--name=net", "-bs", "5", "--save-pic", "-v"])
+    tested = main(["test", "--smoke", out, "-w", "net", "-bs", "5", "--save-pic", "-v"])
     assert tested["IoU"] == pytest.approx(result["IoU"]["model, test"], abs=1e-6) and len(tested["pictures"]) == tested["images"] == 12
+    assert len(list((tmp_path / "net" / "pictures").glob("*.png"))) == 12
     both = main(["simulate", "--smoke", out, "--name=net"])
     assert set(both["upstream"]["IoU"]) == {"published integers (upstream)", "our integers", "model"}
     assert json.loads((tmp_path / "net" / "simulation.json").read_text()) == json.loads(json.dumps(both))
