@@ -38,3 +38,14 @@ def test_every_registered_network_is_in_the_table(readme):
     patterns = [pattern for row in rows for pattern in re.findall(r"`([\w*]+)`", row)]
     assert sorted(name for pattern in patterns for name in zoo.names(pattern)) == zoo.names()
     assert all(zoo.names(pattern) for pattern in patterns)
+
+
+def test_every_recipe_is_named_and_exists(readme, root):
+    named = set(re.findall(r"recipes/(\w+\.py)", readme))
+    assert named | {"quickstart.py"} == {path.name for path in (root / "recipes").glob("*.py")}
+
+
+def test_every_page_is_in_the_index(root):
+    index = (root / "docs" / "README.md").read_text()
+    linked = set(re.findall(r"\]\(([^)]+)\)", index))
+    assert linked == {str(p.relative_to(root / "docs")) for p in (root / "docs").rglob("*.md")} - {"README.md"}
