@@ -244,7 +244,10 @@ class MixedWeights(nn.Module):
         self.in_size = size_of(x)
         if self.activation is not None:
             x = self.activation(x)
-        y = self.layer.inner_forward_impl(x, self.weight(), self.layer.bias)
+        bias = self.layer.bias
+        if bias is not None and self.layer.bias_quant.is_quant_enabled:
+            bias = value_of(self.layer.bias_quant(bias, None, None))
+        y = self.layer.inner_forward_impl(x, self.weight(), bias)
         self.out_size = size_of(y)
         return value_of(self.layer.output_quant(y))
 

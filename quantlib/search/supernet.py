@@ -261,7 +261,7 @@ def _composite(
     share: bool,
     input_bits: int,
 ) -> MixedWeights:
-    if layer.bias is not None and layer.bias_quant.is_quant_enabled:
+    if layer.bias is not None and layer.bias_quant.is_quant_enabled and layer.bias_quant.requires_input_scale:
         raise SearchError(f"{use.name}: its bias is quantized to the scales of input and weights, which are mixed here; name it in fixed=")
     mixed = MixedWeights(use.name, layer, candidates[0], share)
     mixed.order, mixed.in_size, mixed.out_size = order, use.in_size, use.out_size

@@ -32,7 +32,7 @@ def build(kind: str, **options: Any) -> nn.Module:
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.5, 2)
             nn.init.normal_(m.bias, 0, 0.3)
-    return supernet(model, input_shape=nets.SHAPE, **options).eval()
+    return supernet(model, input_shape=nets.SHAPE, **({"bits": (2, 4, 7)} | options)).eval()
 
 
 def draw(net: nn.Module, seed: int, sharp: bool = False) -> nn.Module:
@@ -76,6 +76,29 @@ def test_published_supernets(short: str, shared: Path) -> None:
             assert np.abs(mine.numpy() - z[key]).max() <= 1e-4 * largest  # the reference's own tolerance for float32
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_the_published_key_layout_of_both_forms(share: bool) -> None:
+    """Positions of UltraNet's layers in the published state dict: convolutions, each with its norm behind it but the last."""
+    places = [0, 3, 6, 9, 12, 14, 16, 18, 20]
+    net = draw(supernet(zoo.get("ultranet_dacsdc"), input_shape=(3, 32, 64), share=share), 3)
+    own = net.state_dict()
+    theirs: dict[str, torch.Tensor] = {}
+    for i, p in enumerate(places):
+        theirs[f"layers.{p}.mix_activ.alpha_activ"] = own[f"layers.act{i}.alpha_activ"]
+        theirs[f"layers.{p}.mix_weight.alpha_weight"] = own[f"layers.conv{i}.alpha_weight"]
+        for key in own:
+            head, _, leaf = key.rpartition(".")
+            if head.startswith(f"layers.conv{i}.branches."):
+                j = head.rpartition(".")[2]
+                theirs[f"layers.{p}.mix_weight.{'conv' if share else f'conv_list.{j}'}.{leaf}"] = own[key]
+            elif head == f"layers.bn{i}":
+                theirs[f"layers.{p + 1}.{leaf}"] = own[key]
+        theirs |= {f"layers.{p}.{size}": torch.tensor(1.0) for size in ("size_product", "memory_size", "in_width")}
+    assert len(theirs) == len(own) + 27
+    again = zoo.load(draw(supernet(zoo.get("ultranet_dacsdc"), input_shape=(3, 32, 64), share=share), 4), theirs)
+    assert all(torch.equal(own[key], value) for key, value in again.state_dict().items())
+
+
 def positions(key: str) -> list[int]:
     return [int(part) for part in key.split(".") if part.isdigit()]
 
@@ -97,7 +120,7 @@ def test_with_all_shares_on_one_width_it_is_the_fixed_model(kind: str, share: bo
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("kind", nets.KINDS)
 def test_composites_are_weighted_sums_of_the_candidates(kind: str, share: bool) -> None:
-    net = draw(build(kind, share=share, bits=(2, 4, 7)), 1).double()
+    net = draw(build(kind, share=share), 1).double()
     for mixed in layers(net):
         p = torch.softmax(mixed.alpha_weight, 0)
         expect: Any = 0
@@ -215,7 +238,7 @@ def test_a_checkpoint_continues_exactly(kind: str, share: bool, tmp_path: Path) 
 
     def start(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return supernet(nets.KINDS[kind](), input_shape=nets.SHAPE, share=share)
+        return supernet(nets.KINDS[kind](), input_shape=nets.SHAPE, bits=(2, 4, 7), share=share)
 
     def optimize(net: nn.Module) -> list[torch.optim.Optimizer]:
         return [torch.optim.SGD(group, 0.05, 0.9) for group in split_parameters(net)]
@@ -242,6 +265,26 @@ def test_a_checkpoint_continues_exactly(kind: str, share: bool, tmp_path: Path) 
     step(net, optimizers, 3)
     step(again, fresh, 3)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "kept", "count"),
+    [
+        ("proxylessnas_4b_imagenet", {}, "output", 61),
+        ("diracdeltanet_imagenet", {f"{p}{k}_bits": 4 for p in ("", "first_", "last_") for k in ("weight", "act")}, (), 38),
+    ],
+)
+def test_networks_of_other_papers(name: str, options: dict[str, int], kept: str, count: int) -> None:
+    """Learned scales, tanh weights, shifts, residual sums: searched as they are, and with sharp shares the fixed network."""
+    net = supernet(zoo.get(name, **options), bits=(3, 4), input_shape=(3, 224, 224), fixed=kept).train()
+    assert len(layers(net)) == count
+    x = torch.rand(2, 3, 224, 224)
+    net(x).square().mean().backward()
+    assert all(bool((a.grad != 0).any()) for a in split_parameters(net)[1] if a.grad is not None)
+    draw(net.eval(), 1, sharp=True)
+    with torch.no_grad():
+        assert torch.equal(net(x), fixed(net)(x))
 
 
 # Which activation belongs to which layer.
