@@ -53,9 +53,9 @@ HELP = {
     "bits": "weights/activations of the networks that have a MicroNet score",
     "out": "folder for tables.json and latency.png",
 }
-NOTE = """Accuracies are published ones. Published parameters are truncated to two decimals. Published operations are no plain MACs: the rule is
-MACs + 2 for each element of a batch norm, of a ReLU, h-swish or h-sigmoid (not ReLU6) and of the maps that are averaged. Published
-speed-ups are rounded or truncated, and not all of them come out of the published code, whose cycles ours are."""
+NOTE = """Accuracies are published ones. Published parameters are truncated to two decimals. Published operations are no plain MACs:
+the rule is MACs + 2 for each element of a batch norm, of a ReLU, h-swish or h-sigmoid (not ReLU6) and of the maps that are averaged.
+Published speed-ups are rounded or truncated, and not all of them come out of the published code, whose cycles ours are."""
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -6,5 +6,20 @@ from quantlib.training.logs import Epoch
 from quantlib.training.loop import Fit, TrainingError, fit, is_main_process
 from quantlib.training.losses import CrossEntropy, Distillation, load_teacher
 from quantlib.training.metrics import accuracy, batched, confusion, predictions, right_among, right_answers
-from quantlib.training.optim import SGD, Adam, AdamW, Constant, Cosine, EachStep, Group, Linear, Ramp, Steps, Warmup
+from quantlib.training.optim import (
+    SGD,
+    Adam,
+    AdamW,
+    Constant,
+    Cosine,
+    Course,
+    EachStep,
+    Group,
+    Linear,
+    Ramp,
+    RMSprop,
+    Staircase,
+    Steps,
+    Warmup,
+)
 from quantlib.training.steps import density, use_gating, use_real_weights

@@ -114,9 +114,11 @@ class Images:
 class ImageFiles:
     """Image files decoded when asked for, as float32 (3, size, size): (pixel / levels - mean) / std.
 
-    Training (augment given): a random area of `crop` (a share) to the whole cut out and resized to size; policy(PIL image, generator), such
-    as `autoaugment`, changes it; lighting: standard deviation of the PCA colour shift, 0 for none; Augment.flip mirrors half of them.
-    Testing: the shorter side resized to `resize`, the middle cut out.
+    Training (augment given): a random area of `crop` (a share) to the whole, drawn by `area`, cut out and resized to size with the filter
+    named `resample`; policy(PIL image, generator), such as `autoaugment`, changes it; lighting: standard deviation of the PCA colour shift,
+    0 for none; Augment.flip mirrors half of them.
+    Testing: the shorter side resized to `resize`, the middle cut out; cut_first: a square of the share size / resize of the shorter side
+    cut out of the middle and then resized.
     A file that cannot be read is noted in `unreadable`; while training the next file stands in for it, while testing it is left out.
     """
 
@@ -131,6 +133,9 @@ class ImageFiles:
     std: tuple[float, ...] = IMAGENET_STD
     levels: int = 255
     policy: Callable[[Any, np.random.Generator], Any] | None = None
+    area: Callable[[int, int, np.random.Generator, float], tuple[int, int, int, int]] | None = None
+    resample: str = "bilinear"
+    cut_first: bool = False
     strict: bool = False
     unreadable: dict[str, str] = field(default_factory=dict)
 
@@ -168,11 +173,9 @@ class ImageFiles:
 
     def training_image(self, picture: Any, augment: Augment, generator: np.random.Generator) -> Tensor:
         """The published order: crop, policy or lighting, flip, normalise."""
-        from PIL import Image
-
-        left, top, width, height = random_area(picture.width, picture.height, generator, self.crop)
+        left, top, width, height = (self.area or random_area)(picture.width, picture.height, generator, self.crop)
         box = (left, top, left + width, top + height)
-        picture = picture.crop(box).resize((self.size, self.size), Image.Resampling.BILINEAR)
+        picture = picture.crop(box).resize((self.size, self.size), self._filter)
         pixels = np.asarray(self.policy(picture, generator) if self.policy else picture)
         if self.lighting:
             pixels = lit(pixels, generator.normal(0.0, self.lighting, 3))
@@ -182,12 +185,19 @@ class ImageFiles:
 
     def test_pixels(self, picture: Any) -> np.ndarray:
         """uint8 (size, size, 3)."""
-        from PIL import Image
-
+        if self.cut_first:
+            left, top, side, _ = middle_area(picture.width, picture.height, self.size / self.resize)
+            return np.asarray(picture.crop((left, top, left + side, top + side)).resize((self.size, self.size), self._filter))
         width, height = (int(self.resize * side / min(picture.size)) for side in picture.size)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(resized.crop((left, top, left + self.size, top + self.size)))
+        whole = picture.resize((width, height), self._filter)
+        return np.asarray(whole.crop((left, top, left + self.size, top + self.size)))
+
+    @property
+    def _filter(self) -> Any:
+        from PIL import Image
+
+        return Image.Resampling[self.resample.upper()]
 
     def sample(self, count: int, seed: int = 0) -> Images:
         """So many readable images, chosen at random, as they are tested, kept as integers in memory."""
@@ -280,6 +290,58 @@ def random_area(width: int, height: int, generator: np.random.Generator, least: 
             return int(generator.integers(0, width - w + 1)), int(generator.integers(0, height - h + 1)), w, h
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_area_by_height(width: int, height: int, generator: np.random.Generator, least: float = 0.08) -> tuple[int, int, int, int]:
+    """(left, top, width, height) as TensorFlow's distorted bounding boxes: the ratio of the sides uniform in 3:4 to 4:3, the height a
+    uniform integer between those that give `least` and the whole of the area, no higher than fits into the image.
+
+    Areas of another share, or below a tenth, are drawn again; after ten misses the middle square of 7/8 of the shorter side.
+    """
+    whole = width * height
+    for _ in range(10):
+        ratio = generator.uniform(3 / 4, 4 / 3)
+        low, high = round((least * whole / ratio) ** 0.5), round((whole / ratio) ** 0.5)
+        high = min(high, height)
+        while high > 1 and round(high * ratio) > width:
+            high -= 1
+        h = int(generator.integers(min(low, high), high + 1))
+        w = round(h * ratio)
+        if max(least, 0.1) * whole <= w * h <= whole:
+            return int(generator.integers(0, width - w + 1)), int(generator.integers(0, height - h + 1)), w, h
+    return middle_area(width, height, 224 / 256)
+
+
+def middle_area(width: int, height: int, share: float) -> tuple[int, int, int, int]:
+    """(left, top, side, side): the square of int(share of the shorter side) in the middle."""
+    side = int(share * min(width, height))
+    return (width - side) // 2, (height - side) // 2, side, side
+
+
+@dataclass(frozen=True, eq=False)
+class Phases:
+    """Data sets of the same images that take turns: parts are (first epoch, data set), the first one from epoch 0."""
+
+    parts: tuple[tuple[int, ImageFiles], ...]
+
+    def at(self, epoch: int) -> ImageFiles:
+        return next(data for first, data in reversed(self.parts) if first <= epoch)
+
+    @property
+    def name(self) -> str:
+        return self.parts[0][1].name + "".join(f", from epoch {first} {data.size} pixels" for first, data in self.parts[1:])
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        return {path: reason for _, data in self.parts for path, reason in data.unreadable.items()}
+
+    def __len__(self) -> int:
+        return len(self.parts[0][1])
+
+    def read(
+        self, batches: Sequence[Tensor], augment: Augment | None, key: tuple[int, int], workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.at(key[1]).read(batches, augment, key, workers)
 
 
 _EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quantlib.training.average import MovingAverage
 from quantlib.training.checkpoint import CheckpointError, load_checkpoint, pick, save_checkpoint, write_bytes
 from quantlib.training.data import Augment, Data
 from quantlib.training.logs import Bar, Epoch, Logs
@@ -28,6 +30,7 @@ from quantlib.training.losses import CrossEntropy, gate_pull
 from quantlib.training.metrics import Score, evaluating, right_answers
 from quantlib.training.optim import (
     Adam,
+    Course,
     EachStep,
     Group,
     Linear,
@@ -52,7 +55,9 @@ class Fit:
     the last, smaller batch. shift, flip: augmentation (`Augment`). gate_target, gate_decay: the pull of every gating threshold T,
     gate_decay / 2 * |T - gate_target|^2. precision: "bf16" and "fp16" run the convolutions in it; the quantizers of this library stay in
     float32. compile: torch.compile (slower on CPU; sums in another order, so other last digits). channels_last: memory layout, much faster
-    on CPU. groups: parameters with settings of their own. save_every: steps between checkpoints (0: only after each epoch). workers:
+    on CPU. groups: parameters with settings of their own. batches: (first epoch, images per step) of later epochs that have another batch.
+    average: decay of a `MovingAverage` of the weights, which then is what is tested and what best.safetensors holds (0: none). save_every:
+    steps between checkpoints (0: only after each epoch). workers:
     processes that decode image files.
     """
 
@@ -70,6 +75,8 @@ class Fit:
     optimizer: Optimizer = Adam()
     schedule: Schedule = Linear()
     groups: tuple[Group, ...] = ()
+    batches: tuple[tuple[int, int], ...] = ()
+    average: float = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     channels_last: bool = False
@@ -147,13 +154,15 @@ class _Run:
         self.home = next(model.parameters()).device
         self.accelerator = Accelerator(mixed_precision=settings.precision)
         self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        if settings.batch % self.world:
-            raise TrainingError(f"a batch of {settings.batch} images does not split evenly over {self.world} processes")
+        for size in (settings.batch, *(batch for _, batch in settings.batches)):
+            if size % self.world:
+                raise TrainingError(f"a batch of {size} images does not split evenly over {self.world} processes")
         self.loss, self.score, self.note, self.each_epoch = loss.to(self.device), score, note, each_epoch
         self.also = dict(also)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.to(self.device)
+        self.average = MovingAverage(model, settings.average) if settings.average else None
         parts = split_parameters(((name, p) for name, p in model.named_parameters() if p.requires_grad), settings.groups)
         self.groups = [group for group, _ in parts]
         optimizer = settings.optimizer.build(torch_groups(parts), settings.lr, settings.weight_decay)
@@ -208,6 +217,8 @@ class _Run:
             self._set_rates(len(batches))
             self._one_step(x, y, len(batches[self.step]))
             self.step += 1
+            if self.average:
+                self.average.update(self.epoch * len(batches) + self.step)
             self.seconds = time.perf_counter() - started
             self.bar.step()
             known = self._report_unreadable(self.train, known)
@@ -217,15 +228,24 @@ class _Run:
         if self.world > 1:  # running statistics of process 0 are the model's, as in DistributedDataParallel's forward
             for buffer in self.bare.buffers():
                 buffer.copy_(broadcast(buffer))
+            for shadow in self.average.shadow.values() if self.average else ():
+                shadow.copy_(broadcast(shadow))
         notes = self.note() if self.note else {}
-        score, *measured = self._test_scores()
+        with self._tested():
+            score, *measured = self._test_scores()
         more = {f"train {name}": value / count for name, value in zip(self.also, further, strict=True)}
         more |= {f"test {name}": value for name, value in zip(self.also, measured, strict=True)}
         lr = settings.lr * self._factor(settings.schedule, 0, len(batches))
         return Epoch(self.epoch + 1, total / count, right / count, score, lr, int(count), self.seconds, notes, more)
 
+    def _tested(self) -> AbstractContextManager[None]:
+        """Within it the model has the weights that are tested and kept."""
+        return self.average.applied() if self.average else nullcontext()
+
     def _factor(self, schedule: Schedule, step: int, steps: int) -> float:
         """Of this epoch, or of this step of its `steps`."""
+        if isinstance(schedule, Course):
+            return schedule.within(self.epoch, (step + 1) / steps, self.settings.epochs)
         if isinstance(schedule, EachStep):
             return schedule.factor(self.epoch * steps + step, self.settings.epochs * steps)
         return schedule.factor(self.epoch, self.settings.epochs)
@@ -242,10 +262,11 @@ class _Run:
     def _batches(self) -> list[Tensor]:
         """Indices of each step, of all processes together."""
         settings, n = self.settings, len(self.train)
+        size = next((batch for first, batch in reversed(settings.batches) if first <= self.epoch), settings.batch)
         order = torch.from_numpy(np.random.default_rng([settings.seed, self.epoch, 0]).permutation(n))[: settings.images or n]
-        batches = [rows for rows in order.split(settings.batch) if len(rows) >= (settings.batch if settings.drop_last else self.world)]
+        batches = [rows for rows in order.split(size) if len(rows) >= (size if settings.drop_last else self.world)]
         if not batches:
-            raise TrainingError(f"{self.train.name} has {len(order)} images, fewer than one batch of {settings.batch}")
+            raise TrainingError(f"{self.train.name} has {len(order)} images, fewer than one batch of {size}")
         return batches
 
     def _one_step(self, x: Tensor, y: Tensor, together: int) -> None:
@@ -270,7 +291,7 @@ class _Run:
         known = len(self.test.unreadable)
         chunks = torch.arange(self.rank, len(self.test), self.world).split(self.settings.batch)
         with evaluating(self.bare):
-            for x, y in self.test.read(chunks, None, (self.settings.seed, 0), self.settings.workers):
+            for x, y in self.test.read(chunks, None, (self.settings.seed, self.epoch), self.settings.workers):
                 if self.settings.channels_last:
                     x = x.contiguous(memory_format=torch.channels_last)
                 with self.accelerator.autocast():
@@ -315,6 +336,7 @@ class _Run:
         self._check(sums.sum(0).tolist())
         state, plain = optimizer_state(self.optimizer.optimizer)
         tensors = {f"model/{k}": v for k, v in self.bare.state_dict().items()} | {f"optimizer/{k}": v for k, v in state.items()}
+        tensors |= {f"average/{k}": v for k, v in self.average.shadow.items()} if self.average else {}
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         facts = {
             "run": self._identity(), "epoch": self.epoch, "step": self.step, "best": self.best, "seconds": self.seconds,
@@ -325,7 +347,8 @@ class _Run:
     def _save_best(self, row: Epoch) -> None:
         if self.out and self.accelerator.is_main_process:
             facts = {"epoch": row.number, "accuracy": row.test_accuracy, "notes": row.notes, "run": self._identity()}
-            save_checkpoint(self.out / "best.safetensors", dict(self.bare.state_dict()), facts)
+            with self._tested():
+                save_checkpoint(self.out / "best.safetensors", dict(self.bare.state_dict()), facts)
             write_bytes(self.out / "best.json", (json.dumps(facts, indent=1) + "\n").encode())
 
     def _load(self, path: Path) -> None:
@@ -338,6 +361,8 @@ class _Run:
         if different:
             raise CheckpointError(f"{path} belongs to another run: {'; '.join(different)}. Give the same settings, or start without resume")
         self.bare.load_state_dict(pick(tensors, "model/"))
+        for name, shadow in self.average.shadow.items() if self.average else ():
+            shadow.copy_(tensors[f"average/{name}"])
         restore_optimizer(self.optimizer.optimizer, pick(tensors, "optimizer/"), facts["optimizer"])
         if self.accelerator.scaler and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])

@@ -44,7 +44,40 @@ class SGD:
         return torch.optim.SGD(parameters, lr, self.momentum, 0, weight_decay, self.nesterov)
 
 
-Optimizer = Adam | AdamW | SGD
+@dataclass(frozen=True)
+class RMSprop:
+    """TensorFlow's RMSprop: v <- alpha v + (1 - alpha) g^2, m <- momentum m + g / sqrt(v + eps), w <- w - lr m; v and m start at 0.
+
+    torch.optim.RMSprop adds eps behind the root. g contains weight_decay * w.
+    """
+
+    momentum: float = 0.9
+    alpha: float = 0.9
+    eps: float = 1e-3
+
+    def build(self, parameters: Parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        return _RMSprop(parameters, lr, self.momentum, self.alpha, self.eps, weight_decay)
+
+
+class _RMSprop(torch.optim.Optimizer):
+    def __init__(self, parameters: Parameters, lr: float, momentum: float, alpha: float, eps: float, weight_decay: float) -> None:
+        settings = {"lr": lr, "momentum": momentum, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(parameters, settings)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for w in (p for p in group["params"] if p.grad is not None):
+                state = self.state[w]
+                if not state:
+                    state["square"], state["momentum"] = torch.zeros_like(w), torch.zeros_like(w)
+                g = w.grad.add(w, alpha=group["weight_decay"]) if group["weight_decay"] else w.grad
+                v = state["square"].mul_(group["alpha"]).addcmul_(g, g, value=1 - group["alpha"])
+                m = state["momentum"].mul_(group["momentum"]).addcdiv_(g, (v + group["eps"]).sqrt_())
+                w.add_(m, alpha=-group["lr"])
+
+
+Optimizer = Adam | AdamW | SGD | RMSprop
 
 
 @dataclass(frozen=True)
@@ -93,6 +126,38 @@ class Cosine:
 
 
 @dataclass(frozen=True)
+class Staircase:
+    """by^floor(e / every)."""
+
+    by: float
+    every: float
+
+    def factor(self, epoch: int, epochs: int) -> float:
+        return self.by ** math.floor(epoch / self.every)
+
+
+@dataclass(frozen=True)
+class Course:
+    """Factors by hand: pieces (first epoch, factor at its start, factor at its end), in a straight line from step to step between.
+
+    After step b (from 1) of the B of epoch e, the piece that e lies in is (e + b / B - start) / length of its way; that factor is the
+    step's. The last piece ends with the run.
+    """
+
+    pieces: tuple[tuple[int, float, float], ...]
+
+    def factor(self, epoch: int, epochs: int) -> float:
+        return self.within(epoch, 1.0, epochs)
+
+    def within(self, epoch: int, share: float, epochs: int) -> float:
+        """The factor of the step that completes `share` of an epoch."""
+        index = max(i for i, piece in enumerate(self.pieces) if piece[0] <= epoch)
+        start, first, last = self.pieces[index]
+        end = self.pieces[index + 1][0] if index + 1 < len(self.pieces) else epochs
+        return first + (last - first) * (epoch + share - start) / (end - start) if last != first else first
+
+
+@dataclass(frozen=True)
 class Warmup:
     """(e + 1) / over times the following schedule's factor while e < over.
 
@@ -115,7 +180,7 @@ class Ramp:
 
     over: int
     start: float
-    then: Constant | Linear | Steps | Cosine = Constant()
+    then: Constant | Linear | Steps | Cosine | Staircase = Constant()
 
     def factor(self, epoch: int, epochs: int) -> float:
         return self.start + (1 - self.start) * epoch / self.over if epoch <= self.over else self.then.factor(epoch, epochs)
@@ -128,13 +193,13 @@ class EachStep:
     EachStep(Linear(over=-1)) is DiracDeltaNet's published "linear" policy, lr (1 - t / (T - 1)) before iteration t.
     """
 
-    of: Constant | Linear | Steps | Cosine | Warmup | Ramp
+    of: Constant | Linear | Steps | Cosine | Staircase | Warmup | Ramp
 
     def factor(self, epoch: int, epochs: int) -> float:
         return self.of.factor(epoch, epochs)
 
 
-Schedule = Constant | Linear | Steps | Cosine | Warmup | Ramp | EachStep
+Schedule = Constant | Linear | Steps | Cosine | Staircase | Course | Warmup | Ramp | EachStep
 
 
 @dataclass(frozen=True)
