@@ -33,6 +33,7 @@ class Value:
     top:     its integers span so many steps, highest minus lowest; None: real numbers
     wide:    an accumulator of products, whose scale differs from channel to channel
     pending: rows of elementwise steps that lie upon the integers, and of the convolution's own bias
+    clipped: all of them are ReLUs and clips, which leave codes codes
     image:   the network's input, or elementwise steps upon it
     row:     the step that made the integers (or the real numbers)
     """
@@ -41,6 +42,7 @@ class Value:
     top: int | None = None
     wide: bool = False
     pending: tuple[int, ...] = ()
+    clipped: bool = False
     image: bool = False
     row: int = -1
 
@@ -52,7 +54,7 @@ class Value:
     @property
     def bits(self) -> int | None:
         """Bits of the codes that a layer reads here, None where it reads real numbers."""
-        return None if self.top is None or self.wide or self.pending else width(self.top)
+        return None if self.top is None or self.wide or (self.pending and not self.clipped) else width(self.top)
 
     @property
     def elements(self) -> int:
@@ -175,6 +177,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.GELU: "gelu", nn.SiLU: "silu", nn.Mish: "mish", nn.Hardswish: "hardswish", nn.ELU: "elu", nn.CELU: "celu",
     nn.Hardshrink: "hardshrink", nn.Softshrink: "softshrink", nn.Tanhshrink: "tanhshrink", nn.LeakyReLU: "leaky_relu", nn.PReLU: "prelu",
 }  # fmt: skip
+_CLIPS = {"relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max"}
 _MULTIPLY = {"mul", "rmul", "imul", "multiply"}
 _ADD = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
 _AVERAGE = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "sum"}
@@ -258,7 +261,8 @@ class _Walker:
         pending = tuple(dict.fromkeys(p for v in inputs for p in v.pending))
         top = None if None in tops else max(t for t in tops if t is not None)
         image = all(v.image for v in inputs)
-        merged = Value(shape, top, any(v.wide for v in inputs), pending, image, self.row)
+        clipped = all(v.clipped or not v.pending for v in inputs)
+        merged = Value(shape, top, any(v.wide for v in inputs), pending, clipped, image, self.row)
         return self.step("move", inputs, merged)
 
     def elementwise(
@@ -267,7 +271,8 @@ class _Walker:
         """A function of one tensor: it waits upon the value, for a quantizer absorbs it."""
         from quantlib._torch import ELEMENTWISE
 
-        kept = replace(x, shape=shape) if x.image else replace(x, shape=shape, pending=(*x.pending, self.row))
+        clipped = name in _CLIPS and x.bits is not None
+        kept = replace(x, shape=shape) if x.image else replace(x, shape=shape, pending=(*x.pending, self.row), clipped=clipped)
         monotone = ELEMENTWISE.get(name, (name in _LINES, False))[0] or name in ("leaky_relu", "prelu") if monotone is None else monotone
         curve = name not in _LINES
         return self.step("elementwise", (x,), kept, constants=constants, operations=operations, curve=curve, monotone=monotone)
@@ -439,6 +444,8 @@ class _Walker:
             return self.matmul(inputs, shape)
         if name in REARRANGE | IDENTITY or name == "pad" or (name in ("interpolate", "upsample") and "nearest" in _mode(args, kwargs)):
             return self.move(inputs, shape)
+        if name in ("max", "min") and len(_tracked(args, kwargs)) == 1:
+            return self.maximum(x, shape, prod(x.shape))
         if name in _AVERAGE or name in _MAXIMUM:
             pool = self.average if name in _AVERAGE else self.maximum
             return pool(x, shape, _function_terms(name, args, kwargs, x.shape, shape))
@@ -448,7 +455,7 @@ class _Walker:
             return self.multiply(inputs * 2 if len(inputs) == 1 else inputs, shape)
         if name == "batch_norm":
             return self.batch_norm(x, shape, shape[1])
-        if len(inputs) == 1 and (name in ELEMENTWISE or name in ("max", "min")):
+        if len(inputs) == 1 and name in ELEMENTWISE:
             constants = sum(t.numel() for t in _tensors(args, kwargs))
             return self.elementwise(name, x, shape, constants, _PRELU if name == "prelu" else 1)
         if len(inputs) > 1 and (name in ELEMENTWISE or name in ("max", "min")):

@@ -78,8 +78,8 @@ def count(model: nn.Module, input_shape: tuple[int, ...]) -> Counts:
     weight bits     weights of these layers times their bits, once per tensor; biases and normalisations are not among them
 
     The model is run once, as a copy in eval mode; it may be in any mode and stays as it is. Bits are what the quantizers of Brevitas layers
-    say; other layers say `weight_bits` (of their weights) and `out_bits` (of the codes they give). Max pools, reshapes and concatenations
-    keep bits; sums of codes widen them; batch norms and the like make real numbers until the next quantizer.
+    say; other layers say `weight_bits` (of their weights) and `out_bits` (of the codes they give). Max pools, clips, reshapes and
+    concatenations keep bits; sums of codes widen them; batch norms and the like make real numbers until the next quantizer.
 
     AnalysisError, with the dotted path, for layers with weights that have no rule, and where the model does not run.
 

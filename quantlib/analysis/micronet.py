@@ -126,7 +126,8 @@ def micronet_cost(
                     reads: A of an accumulator, 32 of real values. More bits: a multiplier and an offset of 32 bits per channel; a product,
                     a sum and a shift of 32 bits per element. A quantizer of the image itself is free: the image arrives as integers
     elementwise     batch norm, ReLU, clips, constants: nothing where a quantizer follows. Else 32 bits per stored constant, and per element
-                    32 for each operation: batch norm 2 (1 behind real weights, which take the factor in), PReLU 2, RPReLU 4, others 1
+                    32 for each operation: batch norm 2 (1 behind real weights, which take the factor in), PReLU 2, RPReLU 4, others 1.
+                    ReLU and clips of codes leave codes and have their bits
     curves          sigmoid, h-swish and the like between quantizers: thresholds where they are monotone and b_y <= threshold_bits, else on
                     codes of up to 8 bits a table of 2^W * b_y bits (times C where constants per channel lie in front) and E * W for looking
                     it up; else evaluated on 32 bits
@@ -242,4 +243,4 @@ class _Ledger:
                 cost.bias_additions += step.output.elements * step.output.width
             else:
                 cost.constants += step.constants * FLOAT_BITS
-                cost.functions += step.output.elements * step.operations * FLOAT_BITS
+                cost.functions += step.output.elements * step.operations * (step.inputs[0].width if step.output.clipped else FLOAT_BITS)

@@ -173,12 +173,14 @@ def test_the_image_has_eight_bits_before_quantized_weights_only():
         (nn.Sequential(FixedPoint(4, 2), nn.AvgPool2d(2)), 6),
         (nn.Sequential(LearnedScaleReLU(4, return_quant_tensor=True), TruncAvgPool(2)), 4),
         (nn.Sequential(FixedPoint(4, 2), nn.BatchNorm2d(4)), None),
-        (nn.Sequential(FixedPoint(4, 2), nn.ReLU()), None),
+        (nn.Sequential(FixedPoint(4, 2), nn.ReLU(), nn.ReLU6()), 4),
+        (nn.Sequential(FixedPoint(4, 2), nn.BatchNorm2d(4), nn.ReLU()), None),
+        (nn.Sequential(FixedPoint(4, 2), nn.Sigmoid()), None),
         (nn.Sequential(FixedPoint(4, 2), ScaledIntConv2d(4, 4, 1)), None),
         (qnn.QuantReLU(act_quant=None), 8),
-        (nn.Sequential(FixedPoint(4, 2), qnn.QuantReLU(act_quant=None)), None),
+        (nn.Sequential(FixedPoint(4, 2), qnn.QuantReLU(act_quant=None)), 4),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_bits_that_reach_a_layer(front, bits):
     channels = 16 if isinstance(front, ThermometerEncoder) else 4

@@ -286,6 +286,13 @@ def test_elementwise_functions_of_several_operations():
     assert [(r.constants, r.functions) for r in rows] == [(12 * 32, 4 * 144 * 32), (4 * 32, 2 * 144 * 32), (0, 144 * 32)]
 
 
+def test_a_clip_of_codes_has_their_bits_or_is_part_of_the_quantizer():
+    relu, conv = costs(QuantSign(3), nn.ReLU(), ScaledIntConv2d(4, 2, 1, bits=2))
+    assert (relu.functions, conv.multiplications) == (144 * 3, 2 * 144 * 3)
+    (sign,) = costs(QuantSign(3), nn.ReLU(), QuantSign(2))
+    assert (sign.functions, sign.comparisons) == (0, 144 * 3 * 3)
+
+
 def test_moves_and_the_image_are_free():
     class Moves(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import runpy
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import zoo
-from quantlib.analysis import systolic_latency
+from quantlib.analysis import counting, micronet, systolic, systolic_latency
 from quantlib.analysis.systolic import speedups
 
 
@@ -28,6 +29,11 @@ def test_its_code_runs(page, capsys, tmp_path):
     (tmp_path / "page.py").write_text("".join(re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)), encoding="utf-8")
     runpy.run_path(str(tmp_path / "page.py"))
     assert "total" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [counting, micronet, systolic])
+def test_docstrings(module):
+    assert doctest.testmod(module).failed == 0
 
 
 def test_links_and_files_exist(page, root):
