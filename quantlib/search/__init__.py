@@ -7,11 +7,11 @@ found, plain = ql.search.read_bits(net), ql.search.fixed(net)
 
 from quantlib.search import costs as costs
 from quantlib.search.costs import figures as figures
+from quantlib.search.geometry import Geometry as Geometry
+from quantlib.search.geometry import SearchError as SearchError
 from quantlib.search.history import History as History
-from quantlib.search.mixed import Geometry as Geometry
 from quantlib.search.mixed import MixedActivation as MixedActivation
 from quantlib.search.mixed import MixedWeights as MixedWeights
-from quantlib.search.mixed import SearchError as SearchError
 from quantlib.search.supernet import Bits as Bits
 from quantlib.search.supernet import fixed as fixed
 from quantlib.search.supernet import layers as layers

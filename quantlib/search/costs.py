@@ -24,7 +24,8 @@ from quantlib.packing import factor_published
 from quantlib.parts import RESOURCES, Part
 from quantlib.parts import part as find_part
 from quantlib.schedule import Folding
-from quantlib.search.mixed import Geometry, MixedWeights, SearchError
+from quantlib.search.geometry import Geometry, SearchError
+from quantlib.search.mixed import MixedWeights
 from quantlib.search.supernet import Bits, layers, read_bits
 
 Price = Callable[[Geometry, int, int], float]
@@ -233,9 +234,7 @@ def _operation(layer: Geometry, bits: int) -> Op:
     return Conv2d(weight, layer.stride, (rows, rows, columns, columns), layer.dilation, layer.groups)
 
 
-def hardware(part: str = "xczu3eg", fps: float = 30.0, clock_mhz: float | None = None, resource: str | None = None) -> Hardware:
-    """`Hardware` as a cost: hardware("xczu3eg", fps=200, resource="dsp")(net)."""
-    return Hardware(part, fps, clock_mhz, resource)
+hardware = Hardware  # as a cost: hardware("xczu3eg", fps=200, resource="dsp")(net)
 
 
 # Figures of the published search, of the bits found and in expectation.

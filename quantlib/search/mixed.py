@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
-from brevitas.nn.quant_layer import QuantNonLinearActLayer
-from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from torch import Tensor, nn
 
 from quantlib._brevitas import value_of
@@ -18,111 +14,11 @@ from quantlib.layers import ImageFloor
 from quantlib.quantizers.constant_steps import ConstantStepQuant, HalfWaveQuant
 from quantlib.quantizers.injectors import LearnedScaleQuant
 from quantlib.quantizers.mixtures import mixed_constant_step, mixed_half_wave, mixed_image_floor
+from quantlib.search.candidates import activation_impl, at_bits, multiply, rebind, tensor_quants
+from quantlib.search.geometry import Geometry, geometry, size_of
 from quantlib.search.learned import mixed_learned_scale
 
 ALPHA = 0.01  # every alpha at the start, as published: equal shares
-
-
-class SearchError(ValueError):
-    """A model, layer or setting that cannot be searched; the message names it and says what would work."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What a price may depend on: one layer and the size of its input. A linear layer is a 1 x 1 convolution of a 1 x 1 image."""
-
-    name: str
-    in_channels: int
-    out_channels: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    in_size: tuple[int, int]
-    out_size: tuple[int, int]
-    linear: bool = False
-
-    @property
-    def weights(self) -> int:
-        """Weights without bias."""
-        return self.out_channels * self.in_channels // self.groups * prod(self.kernel)
-
-    @property
-    def macs(self) -> int:
-        """Multiplications per image."""
-        return self.weights * prod(self.out_size)
-
-
-def geometry(name: str, layer: Any, in_size: tuple[int, int], out_size: tuple[int, int]) -> Geometry:
-    """Of a QuantConv2d or QuantLinear."""
-    if isinstance(layer, nn.Linear):
-        return Geometry(name, layer.in_features, layer.out_features, (1, 1), (1, 1), (0, 0), (1, 1), 1, (1, 1), (1, 1), linear=True)
-    padding = layer.padding if isinstance(layer.padding, tuple) else (0, 0)
-    shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, padding, layer.dilation, layer.groups)
-    return Geometry(name, *shape, in_size, out_size)
-
-
-def size_of(x: Tensor) -> tuple[int, int]:
-    """(H, W) of (N, C, H, W); (1, 1) of (N, C)."""
-    return (int(x.shape[2]), int(x.shape[3])) if x.dim() == 4 else (1, 1)
-
-
-# Candidates: the same quantizer at other widths.
-
-
-def rebind(net: nn.Module) -> nn.Module:
-    """After a deep copy: Brevitas' injectors are classes, are not copied, and go on naming the modules of the original."""
-    for module in net.modules():
-        if isinstance(module, QuantProxyFromInjector):
-            module.quant_injector = module.quant_injector.let(proxy_module=module)
-            module.update_tracked_modules()
-    return net
-
-
-def at_bits(proxy: Any, layer: nn.Module, bits: int, name: str) -> Any:
-    """The quantizer of a Brevitas layer, built anew at another width; what it has learned comes along. SearchError where it cannot."""
-    try:
-        new = type(proxy)(layer, proxy.quant_injector.let(bit_width=bits))
-        new.load_state_dict(proxy.state_dict())
-        new.eval()
-        width = new.bit_width()
-    except Exception as error:  # injectors raise whatever their parts raise
-        raise SearchError(
-            f"{name}: its quantizer cannot be built with {bits} bits ({error}); leave these bits out, or name it in fixed="
-        ) from None
-    if width is None or float(width) != bits:
-        raise SearchError(f"{name}: its quantizer stays at {width} bits when it is asked for {bits}; name the layer in fixed=")
-    like = next((t for t in (*proxy.parameters(), *proxy.buffers(), *layer.parameters()) if t.is_floating_point()), torch.zeros(()))
-    return new.to(like.device, like.dtype).train(proxy.training)
-
-
-def activation_at(module: nn.Module, bits: int, name: str) -> nn.Module:
-    """A copy of an activation layer with another width."""
-    new = rebind(copy.deepcopy(module))
-    if isinstance(new, QuantNonLinearActLayer):
-        new.act_quant = at_bits(new.act_quant, new, bits, name)
-    elif not isinstance(new, ImageFloor):
-        raise SearchError(f"{name} ({type(module).__name__}) has one width only; keep it with fixed= or put a quantizer in its place")
-    if hasattr(new, "bits"):
-        new.bits = bits  # type: ignore[assignment]
-    return new
-
-
-def _tensor_quants(candidates: Sequence[Any]) -> list[Any]:
-    """The fused quantizers inside activation candidates, or none of them where a layer does more than activation and quantizer."""
-    found = []
-    for c in candidates:
-        proxy = c.act_quant if isinstance(c, QuantNonLinearActLayer) else c
-        if isinstance(c, QuantNonLinearActLayer) and (
-            type(c).forward is not QuantNonLinearActLayer.forward or c.input_quant.is_quant_enabled
-        ):
-            return []
-        fused = getattr(proxy, "fused_activation_quant_proxy", None)
-        if fused is None or proxy.disable_quant:
-            return []
-        found.append(fused.tensor_quant)
-    return found
 
 
 def _half_wave(x: Tensor, shares: Tensor, quants: Sequence[Any]) -> Tensor:
@@ -162,12 +58,10 @@ class MixedActivation(nn.Module):
         x, shares = value_of(x), self.shares()
         if all(isinstance(c, ImageFloor) for c in self.candidates):
             return mixed_image_floor(x, shares, self.bits)
-        quants = _tensor_quants(list(self.candidates))
+        quants = tensor_quants(list(self.candidates))
         for kind, mixture in _FUSED:
             if quants and all(type(q) is kind for q in quants):
-                first: Any = self.candidates[0]
-                proxy = first.act_quant if isinstance(first, QuantNonLinearActLayer) else first
-                return mixture(proxy.fused_activation_quant_proxy.activation_impl(x), shares, quants)
+                return mixture(activation_impl(self.candidates[0])(x), shares, quants)
         return weighted_sum(shares, (value_of(c(x)) for c in self.candidates))
 
     def extra_repr(self) -> str:
@@ -244,12 +138,9 @@ class MixedWeights(nn.Module):
         self.in_size = size_of(x)
         if self.activation is not None:
             x = self.activation(x)
-        bias = self.layer.bias
-        if bias is not None and self.layer.bias_quant.is_quant_enabled:
-            bias = value_of(self.layer.bias_quant(bias, None, None))
-        y = self.layer.inner_forward_impl(x, self.weight(), bias)
+        y = multiply(self.layer, x, self.weight())
         self.out_size = size_of(y)
-        return value_of(self.layer.output_quant(y))
+        return y
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, share={self.share}"

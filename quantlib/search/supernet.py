@@ -11,16 +11,19 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from brevitas.nn import QuantConv2d, QuantLinear
+from brevitas.nn import QuantConv2d, QuantLinear, TruncAdaptiveAvgPool2d, TruncAvgPool2d
 from brevitas.nn.quant_layer import QuantNonLinearActLayer, QuantWeightBiasInputOutputLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantlib._brevitas import value_of
-from quantlib.layers import ImageFloor
-from quantlib.search.mixed import Geometry, MixedActivation, MixedWeights, SearchError, activation_at, at_bits, geometry, rebind, size_of
+from quantlib.layers import ImageFloor, TruncAvgPool
+from quantlib.search.candidates import activation_at, at_bits, rebind
+from quantlib.search.geometry import Geometry, SearchError, geometry, size_of
+from quantlib.search.mixed import MixedActivation, MixedWeights
 
 PUBLISHED_BITS = (2, 3, 4, 5, 6, 7, 8)
+_READ_SCALES = (TruncAdaptiveAvgPool2d, TruncAvgPool2d, TruncAvgPool)  # they need the scale of their input, which a mixture has not
 _IMAGE, _REAL = "the network's input", "a value that is not quantized"
 
 
@@ -76,9 +79,9 @@ def supernet(
     over candidate widths; the forward pass is that of the model otherwise, with one multiplication per layer.
 
     bits: candidate widths of weights and of activations; weight_bits, act_bits: where they differ. only, fixed: shell patterns of layer
-    names to search, and of those that keep their bits; an activation that also feeds such a layer keeps its own. share=False: a weight
-    tensor for each width. input_bits: what costs take as the width of an input that has no quantizer. input_shape has no batch axis; one
-    run on zeros of it shows which activation feeds which layer, and their sizes.
+    names to search, and of those that keep their bits; an activation that also feeds such a layer, or a truncating pool, keeps its own.
+    share=False: a weight tensor for each width. input_bits: what costs take as the width of an input that has no quantizer. input_shape
+    has no batch axis; one run on zeros of it shows which activation feeds which layer, and their sizes.
 
     Searched are brevitas.nn's QuantConv2d and QuantLinear and what is built on them, with any injector that takes `bit_width`. Their state
     is carried over, and every alpha starts at 0.01. SearchError names a layer whose input is not quantized, whose quantizer has one width
@@ -90,8 +93,11 @@ def supernet(
     net = rebind(copy.deepcopy(model))
     searched = _matching(net, only, fixed)
     uses = _trace(net, tuple(input_shape))
-    for name in searched - {u.name for u in uses}:
-        raise SearchError(f"{name} does not run in the model's forward pass; name it in fixed=")
+    calls = [u.name for u in uses]
+    for name in sorted(searched):
+        if calls.count(name) != 1:
+            times = f"runs {calls.count(name)} times" if name in calls else "does not run"
+            raise SearchError(f"{name} {times} in one forward pass of the model; name it in fixed=")
     kept = {s for u in uses if u.name not in searched for s in u.sources}
     activations: dict[str, MixedActivation | int] = {}
     for use in uses:
@@ -193,14 +199,19 @@ def _is_quantizer(module: nn.Module) -> bool:
 
 
 def _trace(net: nn.Module, input_shape: tuple[int, ...]) -> list[_Use]:
-    """Every call of a layer with weights, in order."""
+    """Every call of a layer with weights, and of a pool that reads scales, in order."""
     mode, uses = _Sources(), list[_Use]()
     handles = []
     for name, module in net.named_modules():
         quantizer = _is_quantizer(module)
-        if not quantizer and not any(True for _ in module.parameters(False)) and not isinstance(module, nn.modules.batchnorm._NormBase):
+        reader = isinstance(module, _READ_SCALES)
+        real = any(True for _ in module.parameters(False)) or isinstance(module, nn.modules.batchnorm._NormBase)
+        if not (quantizer or reader or real):
             continue
         layer = isinstance(module, QuantWeightBiasInputOutputLayer | nn.modules.conv._ConvNd | nn.Linear)
+
+        def reads(_: nn.Module, args: Any, name: str = name) -> None:
+            uses.append(_Use(name, mode.get(args), (1, 1), (1, 1), False))
 
         def after(_: nn.Module, args: Any, out: Any, name: str = name, quantizer: bool = quantizer, layer: bool = layer) -> None:
             if layer:
@@ -211,7 +222,7 @@ def _trace(net: nn.Module, input_shape: tuple[int, ...]) -> list[_Use]:
                 uses.append(_Use(name, sources, size_of(value_of(args[0])), size_of(value_of(out)), quantized))
             mode.put(out, frozenset({name if quantizer else _REAL}))
 
-        handles.append(module.register_forward_hook(after))
+        handles.append(module.register_forward_pre_hook(reads) if reader else module.register_forward_hook(after))
     training = net.training
     some = next(net.parameters())
     try:
@@ -223,10 +234,6 @@ def _trace(net: nn.Module, input_shape: tuple[int, ...]) -> list[_Use]:
         for handle in handles:
             handle.remove()
         net.train(training)
-    names = [u.name for u in uses]
-    for name in names:
-        if names.count(name) > 1:
-            raise SearchError(f"{name} runs {names.count(name)} times in one forward pass; layers that are searched run once")
     return uses
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import quantlib as ql
 import zoo
-from quantlib.layers import BinaryConv2d, FixedPoint, LearnedScaleReLU, ScaledIntConv2d, ScaledIntLinear
+from quantlib.layers import BinaryConv2d, FixedPoint, LearnedScaleReLU, ScaledIntConv2d, ScaledIntLinear, TruncAvgPool
 from quantlib.quantizers import learned_scale
 from quantlib.search import MixedActivation, MixedWeights, SearchError, fixed, layers, make_bits, read_bits, split_parameters, supernet
 from quantlib.search.learned import mixed_learned_scale
@@ -317,6 +317,17 @@ def test_an_activation_that_feeds_a_kept_layer_keeps_its_width() -> None:
     assert not any(isinstance(m, MixedActivation) for m in net.modules())
 
 
+def test_an_activation_in_front_of_a_pool_that_reads_its_scale_keeps_its_width() -> None:
+    model = nn.Sequential(
+        LearnedScaleReLU(8), ScaledIntConv2d(3, 4, 1, bits=4), LearnedScaleReLU(4, return_quant_tensor=True), TruncAvgPool(2),
+        ScaledIntConv2d(4, 2, 1, bits=4),
+    )  # fmt: skip
+    net = draw(supernet(model, input_shape=nets.SHAPE), 1, sharp=True).double().eval()
+    assert [m.inputs for m in layers(net)] == [(net.get_submodule("0"),), (4,)]
+    x = images().double()
+    assert torch.equal(net(x), fixed(net)(x))
+
+
 def test_only_and_fixed_are_patterns() -> None:
     net = supernet(nets.scaled(), input_shape=nets.SHAPE, only=["1", "[49]"], fixed="9")
     assert [m.name for m in layers(net)] == ["1", "4"]
@@ -372,7 +383,7 @@ def test_layers_that_run_twice_or_never_are_refused() -> None:
     with pytest.raises(SearchError, match="conv runs 2 times"):
         supernet(Twice(), input_shape=nets.SHAPE)
     Twice.forward = lambda self, x: self.conv(self.act(x))  # type: ignore[method-assign]
-    with pytest.raises(SearchError, match="idle does not run"):
+    with pytest.raises(SearchError, match="idle does not run in one forward pass"):
         supernet(Twice(), input_shape=nets.SHAPE)
     assert len(layers(supernet(Twice(), input_shape=nets.SHAPE, fixed="idle"))) == 1
 
