@@ -47,13 +47,13 @@ COLUMNS = {
 
 
 @cache
-def entry(name: str, fan_in: str = "published") -> MicroNetCost:
+def entry(name: str, fan_in: str) -> MicroNetCost:
     return micronet_cost(zoo.get(name), (3, 224, 224), fan_in=fan_in)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def published() -> MicroNetCost:
-    return entry("proxylessnas_4b5b_imagenet")
+    return entry("proxylessnas_4b5b_imagenet", "published")
 
 
 def test_published_score(published):
@@ -76,7 +76,7 @@ def test_published_table_row_by_row(published, shared):
 
 
 def test_four_bits_everywhere():
-    cost = entry("proxylessnas_4b_imagenet")
+    cost = entry("proxylessnas_4b_imagenet", "published")
     assert (cost.memory_bits, cost.math_bits) == (33_043_776, 13_561_578_424)
     assert float(cost.score) == 0.5118764285488666
 
