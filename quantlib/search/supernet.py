@@ -113,7 +113,10 @@ def supernet(
         if isinstance(mixed, MixedActivation):
             _replace(net, source, mixed)
     net.kept_layers = tuple(_kept(net, u, activations, input_bits) for u in uses if u.name not in searched and u.quantized)  # type: ignore[assignment]
-    return net.train(model.training)
+    for module in net.modules():
+        if isinstance(module, MixedActivation | MixedWeights):
+            module.train(model.training)
+    return net
 
 
 def _candidates(bits: Sequence[int]) -> tuple[int, ...]:
@@ -223,7 +226,6 @@ def _trace(net: nn.Module, input_shape: tuple[int, ...]) -> list[_Use]:
             mode.put(out, frozenset({name if quantizer else _REAL}))
 
         handles.append(module.register_forward_pre_hook(reads) if reader else module.register_forward_hook(after))
-    training = net.training
     some = next(net.parameters())
     try:
         with torch.no_grad(), _evaluating(net), mode:
@@ -233,7 +235,6 @@ def _trace(net: nn.Module, input_shape: tuple[int, ...]) -> list[_Use]:
     finally:
         for handle in handles:
             handle.remove()
-        net.train(training)
     return uses
 
 
@@ -389,7 +390,7 @@ def fixed(net: nn.Module, bits: Bits | None = None) -> nn.Module:
         width = chosen.activations[path]
         _replace(plain, path, module.candidates[_index(module.bits, width, path)])
     del plain.kept_layers
-    return plain.train(net.training)
+    return plain
 
 
 def _index(bits: Sequence[int], width: int, name: str) -> int:

@@ -231,6 +231,14 @@ def test_the_model_and_other_copies_stay_as_they_were() -> None:
     assert model.training and net.training
 
 
+def test_frozen_norms_stay_frozen() -> None:
+    model = nets.scaled().train()
+    model[2].eval()
+    net = supernet(model, input_shape=nets.SHAPE, bits=(2, 4))
+    assert all(m.training for m in net.modules() if m is not net[2])  # type: ignore[index]
+    assert not net[2].training and not fixed(net)[2].training and fixed(net).training  # type: ignore[index]
+
+
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("kind", nets.KINDS)
 def test_a_checkpoint_continues_exactly(kind: str, share: bool, tmp_path: Path) -> None:
