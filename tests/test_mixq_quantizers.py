@@ -126,6 +126,24 @@ def test_a_mixture_is_the_sum_of_its_quantizers():
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)  # sums in another order
 
 
+def test_pieces_of_a_large_map_in_either_layout(monkeypatch):
+    """Cut into pieces, gradients of another layout and maps with gaps included, against the whole."""
+    torch.manual_seed(2)
+    wide, shares, grad = torch.randn(2, 3, 5, 14), torch.rand(7), torch.randn(2, 3, 5, 7)
+    gaps, last = wide[..., ::2], wide[..., ::2].contiguous(memory_format=torch.channels_last)
+    grads = (grad, grad.contiguous(memory_format=torch.channels_last), grad[..., :1].expand_as(grad))
+    for g in grads:
+        whole = gradients(mixed_half_wave, [gaps.contiguous(), shares], g.numpy())
+        monkeypatch.setattr("quantlib.quantizers.mixtures.PIECE", 11)
+        for x in (gaps, last):
+            leaf, weight = x.clone(memory_format=torch.preserve_format).requires_grad_(), shares.clone().requires_grad_()
+            y = mixed_half_wave(leaf, weight)
+            y.backward(g)
+            assert torch.equal(leaf.grad, whole[0]) and torch.equal(y, mixed_half_wave(gaps.contiguous(), shares))
+            assert torch.allclose(weight.grad, whole[1], rtol=1e-5)  # sums in another order
+        monkeypatch.undo()
+
+
 def test_layout_and_dtype_are_kept():
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     for y in (half_wave(x, 4), mixed_half_wave(x, torch.rand(7)), dorefa_activation(x, 4), image_floor(x, 4)):

@@ -1,11 +1,12 @@
 """Weighted sums of one quantizer at several bit widths: what a mixed-precision supernet computes, one fused function each.
 
-Each runs all candidate widths over one buffer and keeps only its input for the backward pass, where the codes are made again.
+Each runs all candidate widths over one buffer and keeps only its input for the backward pass, where the codes are made again. On the CPU
+activations go through piece by piece, so that all widths of a piece are made while it lies in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from quantlib.quantizers.constant_steps import HALF_WAVE_STEPS, half_wave_codes, image_floor, step_codes, weight_step
-from quantlib.quantizers.functions import in_float32
+from quantlib.quantizers.functions import flat, in_float32
 
 CANDIDATES = (2, 3, 4, 5, 6, 7, 8)
+PIECE = 1 << 17  # activations worked on at a time on the CPU: 512 KiB of float32
 
 
 def _checked(shares: Tensor, bits: Sequence[int]) -> tuple[int, ...]:
@@ -29,28 +31,45 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1)) if a.is_contiguous() and b.is_contiguous() else (a * b).sum()
 
 
+def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x without gaps in memory, in the layout (contiguous or channels last) of `like`."""
+    like = x if like is None else like
+    last = like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of dense tensors of one layout, piece by piece on the CPU."""
+    size = PIECE if tensors[0].device.type == "cpu" else max(tensors[0].numel(), 1)
+    return zip(*(flat(t).split(size) for t in tensors), strict=True)
+
+
 class _MixedHalfWave(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shares: Tensor, bits: tuple[int, ...]) -> Tensor:
+        x = _dense(x)
         ctx.save_for_backward(x, shares)
         ctx.bits = bits
         total = torch.zeros_like(x)
-        for share, b in zip(shares, bits, strict=True):
-            total.addcmul_(half_wave_codes(x, b), share, value=HALF_WAVE_STEPS[b])
+        for part, out in _pieces(x, total):
+            for share, b in zip(shares, bits, strict=True):
+                out.addcmul_(half_wave_codes(part, b), share, value=HALF_WAVE_STEPS[b])
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, shares = ctx.saved_tensors
-        through = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        parts = []
-        for share, b in zip(shares, ctx.bits, strict=True):
-            parts.append(_inner(grad, half_wave_codes(x, b)) * HALF_WAVE_STEPS[b])
-            if through is not None:
-                inside = torch.ops.aten.hardtanh_backward(grad, x, 0.0, HALF_WAVE_STEPS[b] * (2**b - 1))
-                through.addcmul_(inside, share)
-        return through, torch.stack(parts).to(shares.dtype), None
+        grad = _dense(grad, x)
+        through = torch.zeros_like(x)
+        sums = [torch.zeros((), dtype=x.dtype, device=x.device) for _ in ctx.bits]
+        for part, g, out in _pieces(x, grad, through):
+            for i, b in enumerate(ctx.bits):
+                sums[i] += torch.dot(g, half_wave_codes(part, b))
+                if ctx.needs_input_grad[0]:
+                    out.addcmul_(torch.ops.aten.hardtanh_backward(g, part, 0.0, HALF_WAVE_STEPS[b] * (2**b - 1)), shares[i])
+        dshares = torch.stack([total * HALF_WAVE_STEPS[b] for total, b in zip(sums, ctx.bits, strict=True)])
+        return through, dshares.to(shares.dtype), None
 
 
 def mixed_half_wave(x: Tensor, shares: Tensor, bits: Sequence[int] = CANDIDATES) -> Tensor:
