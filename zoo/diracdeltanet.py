@@ -223,6 +223,7 @@ _OPTIONS = {
 INTEGERS = {"first_weight_bits": 8, "first_act_bits": 8, "last_weight_bits": 8, "last_act_bits": 8, "fc_weight_bits": 8, "image": "int8"}
 _REDUCED = {"base": 8, "blocks": (2, 1), "features": 16}
 _README = "README of the published code"
+_TEST = "224x224, untrained weights: pytest tests/zoo/test_diracdeltanet.py"
 _PAPER: dict[str, Any] = {
     "paper": "Yang et al., Synetgy: Algorithm-hardware Co-design for ConvNet Accelerators on Embedded FPGAs, FPGA 2019",
     "arxiv": "1811.08634",
@@ -259,6 +260,10 @@ _PAPER: dict[str, Any] = {
             Claim(
                 "accelerator Synetgy on Ultra96 at 250 MHz, 1/4 bit", 96.5, "frames/s", "later version of the paper, recalled, not checked"
             ),
+        ),
+        measured=(
+            Claim("largest difference from the recorded logits of nine variants, float64", 2e-13, "of a logit", _TEST),
+            Claim("codes of 11,990,728 that differ between integers and model, recorded 4/4 weights, 8-bit ends", 0, "codes", _TEST),
         ),
         notes=(
             "Bits are weights/activations inside the blocks; the published 1/4 network has 8-bit classifier weights, and the published "

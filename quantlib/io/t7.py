@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -193,23 +192,23 @@ def _from_zip(path: Path) -> Any:
 
 
 def _from_pickles(path: Path) -> Any:
-    with path.open("rb") as file:
-        head = [_unpickle(file, path.name)[0] for _ in range(2)]
-        system = _unpickle(file, path.name)[0]
-        if head != [_MAGIC, _PROTOCOL] or not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise CheckpointError(f"{path.name} does not begin as torch.save files do")
-        content, storages = _unpickle(file, path.name)
-        order, _ = _unpickle(file, path.name)
-        if not isinstance(order, list) or not {str(k) for k in order} >= set(storages):
-            raise CheckpointError(f"{path.name}: the list of storages is not complete; the file is damaged")
-        for key in order:
-            storage = storages.get(str(key))
-            count = int.from_bytes(file.read(8), sys.byteorder, signed=True)
-            if storage is None or count != storage.numel:
-                raise CheckpointError(f"{path.name}: storage {key} has another size than its tensors say; the file is damaged")
-            storage.data = file.read(count * storage.dtype.itemsize)
-            if len(storage.data) != count * storage.dtype.itemsize:
-                raise CheckpointError(f"{path.name} is cut short in storage {key}")
+    file = BytesIO(path.read_bytes())  # reads past its end give what there is, whatever length a damaged pickle states
+    head = [_unpickle(file, path.name)[0] for _ in range(2)]
+    system = _unpickle(file, path.name)[0]
+    if head != [_MAGIC, _PROTOCOL] or not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise CheckpointError(f"{path.name} does not begin as torch.save files do")
+    content, storages = _unpickle(file, path.name)
+    order, _ = _unpickle(file, path.name)
+    if not isinstance(order, list) or not {str(k) for k in order} >= set(storages):
+        raise CheckpointError(f"{path.name}: the list of storages is not complete; the file is damaged")
+    for key in order:
+        storage = storages.get(str(key))
+        count = int.from_bytes(file.read(8), "little", signed=True)
+        if storage is None or count != storage.numel:
+            raise CheckpointError(f"{path.name}: storage {key} has another size than its tensors say; the file is damaged")
+        storage.data = file.read(count * storage.dtype.itemsize)
+        if len(storage.data) != count * storage.dtype.itemsize:
+            raise CheckpointError(f"{path.name} is cut short in storage {key}")
     return content
 
 
@@ -217,7 +216,9 @@ def _content(path: Path) -> Any:
     if path.stat().st_size > FILE_LIMIT:
         raise CheckpointError(f"{path.name} has {path.stat().st_size:,} bytes, more than the {FILE_LIMIT:,} that are read")
     try:
-        return _from_zip(path) if zipfile.is_zipfile(path) else _from_pickles(path)
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        return _from_zip(path) if zipped else _from_pickles(path)
     except (zipfile.BadZipFile, ValueError, OSError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -232,6 +232,9 @@ def test_pickles_that_are_bombs_or_broken(tmp_path: Path, monkeypatch: pytest.Mo
         zip_of(path, data)
         with pytest.raises(CheckpointError, match="w.t7"):
             t7.read(path)
+    path.write_bytes(pickle.dumps(t7._MAGIC, 2) + b"\x80\x04\x8e" + b"\xff" * 7 + b"\x0fabc.")  # states 2^60 bytes
+    with pytest.raises(CheckpointError, match="cannot be read|holds more than"):
+        t7.read(path)
     itself = nn.Sequential()
     itself._modules["0"] = itself
     torch.save(itself, path)

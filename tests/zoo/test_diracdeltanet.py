@@ -268,6 +268,8 @@ def test_image_of_a_graph_is_the_pixel(reduced):
     with torch.no_grad():
         codes = (48 * model.image(x)).round().to(torch.int8)
     assert torch.equal(ql.run(stated, codes), ql.run(graph, x))
+    unnormalised = ql.convert(bare, (3, 32, 32), input=ql.Grid(0, 255, 1 / 255))
+    assert ql.verify(bare, unnormalised, x).ok and unnormalised.by_name["conv1"].inputs == ("input",)
 
 
 @pytest.fixture(scope="module")
