@@ -126,6 +126,23 @@ def test_corners_of_the_best_packing_at_every_stride(dsp: str, kernel: int) -> N
                 assert np.array_equal(multiply_accumulate(p, acts, weights, trick), by_hand(p, acts, weights)), (p, n)
 
 
+@pytest.mark.parametrize("trick", [False, True])
+def test_sums_of_extremes_as_deep_as_they_may_be(trick: bool) -> None:
+    deepest = 0
+    for (kernel, w, a), dsp in itertools.product(COUNTED, DSPS):
+        p = search(kernel, w, a, dsp)
+        n = p.depth(trick)
+        deepest = max(deepest, n)
+        if not n:
+            continue
+        half, rows = 2 ** (w - 1), np.ones((3, n, 1), np.int64)
+        acts = rows * np.full(p.acts, 2**a - 1)
+        weights = rows * np.full(p.weights, -half)
+        weights[1], weights[2, :, ::2] = half - 1, half - 1  # all lowest, all highest, neighbours of both
+        assert np.array_equal(multiply_accumulate(p, acts, weights, trick), by_hand(p, acts, weights)), (p, n)
+    assert deepest >= 512
+
+
 def every_operand(p: Packing) -> tuple[np.ndarray, np.ndarray] | None:
     """Every code of every operand of one packed product, where there are at most 2^16 of them."""
     bits = p.acts * p.act_bits + p.weights * p.weight_bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,9 +17,8 @@ def test_the_worked_example(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     example, own_cost = re.findall(r"^```python\n(.*?)^```", (root / "docs" / "search.md").read_text(encoding="utf-8"), re.S | re.M)
-    done = subprocess.run(
-        [sys.executable, "-c", example + own_cost], cwd=tmp_path, capture_output=True, text=True, timeout=600, env={"PYTHONPATH": str(root)}
-    )
+    paths = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", example + own_cost], cwd=tmp_path, capture_output=True, text=True, timeout=600, env=paths)
     assert done.returncode == 0, done.stderr
     bits, right, exact, cost = done.stdout.splitlines()
     assert re.fullmatch(r"bits of weights and of inputs: [248]{2} [248]{2}", bits)
