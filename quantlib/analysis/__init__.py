@@ -1,6 +1,6 @@
 """What a network costs before any hardware is chosen: `count`, `micronet_cost`, `systolic_latency`. Each runs the model once, on a copy."""
 
-from quantlib.analysis._walk import AnalysisError as AnalysisError
+from quantlib.analysis._steps import AnalysisError as AnalysisError
 from quantlib.analysis.counting import count as count
 from quantlib.analysis.micronet import CIFAR100 as CIFAR100
 from quantlib.analysis.micronet import IMAGENET as IMAGENET

@@ -7,132 +7,25 @@ functions are seen. Nothing of the user's model changes.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
-from math import ceil, prod
-from typing import Any, Literal
+from dataclasses import replace
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantlib.analysis._bits import activation_bits, enabled, steps, weight_steps, width
-
-IMAGE_BITS = 8
-FLOAT_BITS = 32
-FanIn = Literal["published", "true"]
-COMPUTE = ("conv", "depthwise", "grouped", "transposed", "linear", "matmul")  # kinds of steps that multiply and accumulate
-
-
-class AnalysisError(ValueError):
-    """The model holds something that the analysis has no rule for; the message names it and what would work."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """What is known about a tensor of shape (1, ...).
-
-    top:     its integers span so many steps, highest minus lowest; None: real numbers
-    wide:    an accumulator of products, whose scale differs from channel to channel
-    pending: rows of elementwise steps that lie upon the integers, and of the convolution's own bias
-    clipped: all of them are ReLUs and clips, which leave codes codes
-    image:   the network's input, or elementwise steps upon it
-    row:     the step that made the integers (or the real numbers)
-    """
-
-    shape: tuple[int, ...]
-    top: int | None = None
-    wide: bool = False
-    pending: tuple[int, ...] = ()
-    clipped: bool = False
-    image: bool = False
-    row: int = -1
-
-    @property
-    def width(self) -> int:
-        """Bits of the integers under the pending steps; 32 for real numbers."""
-        return FLOAT_BITS if self.top is None else width(self.top)
-
-    @property
-    def bits(self) -> int | None:
-        """Bits of the codes that a layer reads here, None where it reads real numbers."""
-        return None if self.top is None or self.wide or (self.pending and not self.clipped) else width(self.top)
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def channels(self) -> int:
-        return self.shape[1] if len(self.shape) > 1 else 1
-
-
-@dataclass(frozen=True)
-class Window:
-    """Geometry of a convolution. padding: both sides together, per axis."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    c_in: int
-    c_out: int
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Stored weights: which tensor, how many numbers, bits and steps of a code (None: real), numbers of the bias."""
-
-    key: int
-    numbers: int
-    bits: int | None
-    top: int | None
-    bias: int = 0
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call. kind is one of COMPUTE or of
-
-    quantizer   codes of `output.width` bits
-    add         of two tensors; multiply: of two tensors; join: any other function of several tensors
-    average, maximum   pools; `terms` window elements are summed or compared; truncated: bits dropped, codes again
-    elementwise with per-channel constants: `constants` numbers stored, `operations` per element; curve: no line with a kink
-    move        reshapes, concatenations, shifts, identity
-    other       anything without arithmetic rule
-    """
-
-    row: int
-    name: str
-    kind: str
-    what: str
-    inputs: tuple[Value, ...]
-    output: Value
-    module: nn.Module | None = None
-    weight: Weight | None = None
-    window: Window | None = None
-    macs: int = 0
-    gate: bool = False
-    terms: int = 0
-    truncated: bool = False
-    constants: int = 0
-    operations: int = 1
-    curve: bool = False
-    monotone: bool = True
-
-    @property
-    def is_float(self) -> bool:
-        """A compute step whose products are real: an operand is not quantized."""
-        return self.output.top is None
-
-
-@dataclass
-class Walk:
-    """All steps of one run, and what the model returned."""
-
-    model: nn.Module
-    steps: list[Step] = field(default_factory=list)
-    outputs: tuple[Value, ...] = ()
+from quantlib.analysis._bits import activation_bits, enabled, steps, weight_steps
+from quantlib.analysis._geometry import (
+    brevitas_name,
+    constant_tensors,
+    function_terms,
+    is_convolution,
+    mode_of,
+    pool_terms,
+    tracked,
+    window_of,
+)
+from quantlib.analysis._steps import COMPUTE, IMAGE_BITS, AnalysisError, FanIn, Step, Value, Walk, Weight, Window
 
 
 def walk(model: nn.Module, input_shape: tuple[int, ...], fan_in: FanIn = "true") -> Walk:
@@ -335,7 +228,7 @@ class _Walker:
         out_bits = getattr(m, "out_bits", None)
         if hasattr(m, "act_quant"):
             return self.activation(m, x, shape)
-        if _is_convolution(m):
+        if is_convolution(m):
             y = self.convolution(m, x, shape)
         elif isinstance(getattr(m, "weight", None), Tensor) and hasattr(m, "in_features") and m.weight.dim() == 2:
             y = self.linear(m, x, shape)
@@ -344,9 +237,9 @@ class _Walker:
         elif enabled(getattr(m, "trunc_quant", None)) and self.call.args[0].quant is not None:
             y = self.truncated(m, x, shape)
         elif isinstance(m, _POOLS):
-            y = self.average(x, shape, _terms(m, x.shape, shape))
+            y = self.average(x, shape, pool_terms(m, x.shape, shape))
         elif isinstance(m, _MAX_POOLS):
-            y = self.maximum(x, shape, _terms(m, x.shape, shape))
+            y = self.maximum(x, shape, pool_terms(m, x.shape, shape))
         elif isinstance(m, _PASS_MODULES + _MOVE_MODULES) or (isinstance(m, nn.Upsample) and m.mode.startswith("nearest")):
             y = self.move(inputs, shape)
         elif type(m) in _MODULES:
@@ -388,12 +281,12 @@ class _Walker:
 
     def activation(self, m: Any, x: Value, shape: tuple[int, ...]) -> Value:
         """QuantReLU and its like: the function, then the quantizer. Clips are part of the quantizer."""
-        name = {"QuantSigmoid": "sigmoid", "QuantTanh": "tanh", "QuantHardSwish": "hardswish"}.get(_brevitas_name(m), "")
+        name = {"QuantSigmoid": "sigmoid", "QuantTanh": "tanh", "QuantHardSwish": "hardswish"}.get(brevitas_name(m), "")
         bits = activation_bits(m.act_quant, x.shape)
         if name:
             x = self.elementwise(name, x, shape)
         elif bits is None:
-            plain = {"QuantReLU": "relu", "QuantHardTanh": "hardtanh"}.get(_brevitas_name(m))
+            plain = {"QuantReLU": "relu", "QuantHardTanh": "hardtanh"}.get(brevitas_name(m))
             return self.elementwise(plain, x, shape) if plain else self.move((x,), shape)
         return x if bits is None else self.quantizer(x, bits, ".act_quant" if name else "")
 
@@ -402,7 +295,7 @@ class _Walker:
         proxy = getattr(m, "trunc_quant", None)
         kept = proxy.bit_width() if proxy is not None else None
         top = x.top if kept is None else steps(float(kept))
-        terms = _terms(m, x.shape, shape)
+        terms = pool_terms(m, x.shape, shape)
         y = Value(shape, top if x.bits is not None else None, row=self.row)
         return self.step("average", (x,), y, terms=terms, truncated=True)
 
@@ -410,7 +303,7 @@ class _Walker:
         transposed = isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         bits, top = weight_steps(m)
         weight = Weight(id(m.weight), m.weight.numel(), bits, top, 0 if getattr(m, "bias", None) is None else m.bias.numel())
-        window = _window(m.weight.shape, m.stride, m.padding, m.dilation, m.groups, transposed)
+        window = window_of(m.weight.shape, m.stride, m.padding, m.dilation, m.groups, transposed)
         gate = isinstance(getattr(m, "threshold", None), nn.Parameter)
         return self.windowed(window, weight, x, shape, gate)
 
@@ -442,21 +335,21 @@ class _Walker:
             return self.functional_product(name, x, shape)
         if name in ("matmul", "rmatmul", "bmm", "mm", "mv", "dot"):
             return self.matmul(inputs, shape)
-        if name in REARRANGE | IDENTITY or name == "pad" or (name in ("interpolate", "upsample") and "nearest" in _mode(args, kwargs)):
+        if name in REARRANGE | IDENTITY or name == "pad" or (name in ("interpolate", "upsample") and "nearest" in mode_of(args, kwargs)):
             return self.move(inputs, shape)
-        if name in ("max", "min") and len(_tracked(args, kwargs)) == 1:
+        if name in ("max", "min") and len(tracked(args, kwargs)) == 1:
             return self.maximum(x, shape, prod(x.shape))
         if name in _AVERAGE or name in _MAXIMUM:
             pool = self.average if name in _AVERAGE else self.maximum
-            return pool(x, shape, _function_terms(name, args, kwargs, x.shape, shape))
-        if name in _ADD and len(_tracked(args, kwargs)) > 1:
+            return pool(x, shape, function_terms(name, args, kwargs, x.shape, shape))
+        if name in _ADD and len(tracked(args, kwargs)) > 1:
             return self.add(inputs * 2 if len(inputs) == 1 else inputs, shape)
-        if name in _MULTIPLY and len(_tracked(args, kwargs)) > 1:
+        if name in _MULTIPLY and len(tracked(args, kwargs)) > 1:
             return self.multiply(inputs * 2 if len(inputs) == 1 else inputs, shape)
         if name == "batch_norm":
             return self.batch_norm(x, shape, shape[1])
         if len(inputs) == 1 and name in ELEMENTWISE:
-            constants = sum(t.numel() for t in _tensors(args, kwargs))
+            constants = sum(t.numel() for t in constant_tensors(args, kwargs))
             return self.elementwise(name, x, shape, constants, _PRELU if name == "prelu" else 1)
         if len(inputs) > 1 and (name in ELEMENTWISE or name in ("max", "min")):
             return self.step("join", inputs, Value(shape, row=self.row))
@@ -472,7 +365,7 @@ class _Walker:
         if name == "linear":
             return self.product("linear", x, shape, w.shape[-1], w.shape[-1], weight)
         geometry = (given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1), given.get("groups", 1))
-        return self.windowed(_window(w.shape, *geometry), weight, x, shape)
+        return self.windowed(window_of(w.shape, *geometry), weight, x, shape)
 
     def matmul(self, inputs: tuple[Value, ...], shape: tuple[int, ...]) -> Value:
         left, right = self.call.args[:2] if self.what() != "rmatmul" else self.call.args[1::-1]
@@ -486,79 +379,3 @@ class _Walker:
         top = None if a.bits is None or b.bits is None else (a.top or 0) * (b.top or 0) * size
         y = Value(shape, top, True, row=self.row)
         return self.step("matmul", (a, b), y, macs=prod(shape) * size)
-
-
-# ---------------------------------------------------------------- geometry
-
-
-def _is_convolution(m: Any) -> bool:
-    weight = getattr(m, "weight", None)
-    attributes = ("kernel_size", "stride", "padding", "dilation", "groups")
-    return isinstance(weight, Tensor) and 3 <= weight.dim() <= 5 and all(hasattr(m, name) for name in attributes)
-
-
-def _brevitas_name(m: nn.Module) -> str:
-    """The class of brevitas.nn that a layer is or derives from."""
-    return next((c.__name__ for c in type(m).__mro__ if c.__module__.startswith("brevitas.nn")), "")
-
-
-def _tuple(value: Any, axes: int) -> tuple[int, ...]:
-    return (int(value),) * axes if isinstance(value, int) else tuple(int(v) for v in (tuple(value) * axes if len(value) == 1 else value))
-
-
-def _window(size: Any, stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool = False) -> Window:
-    kernel = tuple(int(k) for k in size[2:])
-    axes = len(kernel)
-    dilations = _tuple(dilation, axes)
-    if padding == "same":
-        sides = tuple(d * (k - 1) for d, k in zip(dilations, kernel, strict=True))
-    else:
-        sides = (0,) * axes if padding == "valid" else tuple(2 * p for p in _tuple(padding, axes))
-    c_in, c_out = (size[0], size[1] * groups) if transposed else (size[1] * groups, size[0])
-    return Window(kernel, _tuple(stride, axes), sides, dilations, int(groups), int(c_in), int(c_out), transposed)
-
-
-def _adaptive_terms(before: tuple[int, ...], after: tuple[int, ...]) -> int:
-    """Elements of all windows of an adaptive pool: output i reads floor(i n / m) .. ceil((i + 1) n / m) of each axis."""
-    return prod(sum(ceil((i + 1) * n / m) - i * n // m for i in range(m)) for n, m in zip(before, after, strict=True))
-
-
-def _terms(m: Any, before: tuple[int, ...], after: tuple[int, ...]) -> int:
-    kernel = getattr(m, "kernel_size", None)
-    if kernel is None:
-        axes = len(after) - 2
-        return prod(after[:2]) * _adaptive_terms(before[2:], after[2 : 2 + axes])
-    return prod(after) * prod(_tuple(kernel, len(after) - 2))
-
-
-def _function_terms(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], before: tuple[int, ...], after: tuple[int, ...]) -> int:
-    """Elements that a pooling function reads, window by window."""
-    if name in ("mean", "sum", "amax"):
-        return prod(before)
-    axes = len(after) - 2
-    kernel = kwargs.get("kernel_size", args[1] if len(args) > 1 else None)
-    adaptive = name.startswith("adaptive") or kernel is None
-    if not adaptive and name == "boolean_dispatch" and len(args) == 2 and not kwargs:  # F.max_pool2d and F.adaptive_max_pool2d alike
-        adaptive = _tuple(kernel, axes) == after[2:]
-    if adaptive:
-        return prod(after[:2]) * _adaptive_terms(before[2:], after[2:])
-    return prod(after) * prod(_tuple(kernel, axes))
-
-
-def _mode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    return str(kwargs.get("mode", args[3] if len(args) > 3 else "nearest"))
-
-
-def _tracked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    from quantlib.capture import refs
-
-    return refs((args, kwargs))
-
-
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Constant tensors among the arguments."""
-    from quantlib.capture import walk as each
-
-    found: list[Tensor] = []
-    each((args, kwargs), lambda t: found.append(t) if isinstance(t, Tensor) else None)
-    return found

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from quantlib.analysis._walk import COMPUTE, FLOAT_BITS, Step, walk
+from quantlib.analysis._steps import COMPUTE, FLOAT_BITS, Step
+from quantlib.analysis._walk import walk
 from quantlib.analysis.text import aligned, shape
 
 

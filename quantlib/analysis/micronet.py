@@ -10,7 +10,8 @@ import numpy as np
 from torch import nn
 
 from quantlib.analysis._bits import width
-from quantlib.analysis._walk import COMPUTE, FLOAT_BITS, AnalysisError, FanIn, Step, Value, Walk, walk
+from quantlib.analysis._steps import COMPUTE, FLOAT_BITS, AnalysisError, FanIn, Step, Value, Walk
+from quantlib.analysis._walk import walk
 from quantlib.analysis.text import aligned, shape
 
 THRESHOLD_BITS = 5

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from quantlib.analysis._walk import COMPUTE, AnalysisError, Step, Walk, Window, walk
+from quantlib.analysis._steps import COMPUTE, AnalysisError, Step, Walk, Window
+from quantlib.analysis._walk import walk
 from quantlib.analysis.text import aligned, shape
 
 Array = Literal["systolic", "fuse"]

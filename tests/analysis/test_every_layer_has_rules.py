@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from quantlib.analysis import count, micronet_cost, systolic_latency
-from quantlib.analysis._walk import COMPUTE, walk
+from quantlib.analysis._steps import COMPUTE
+from quantlib.analysis._walk import walk
 from quantlib.layers import Layer
 
 CASES = [

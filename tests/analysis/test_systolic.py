@@ -15,7 +15,8 @@ from torch import nn
 import quantlib as ql
 import zoo
 from quantlib.analysis import AnalysisError, speedup_table, systolic_latency
-from quantlib.analysis._walk import Window, walk
+from quantlib.analysis._steps import Window
+from quantlib.analysis._walk import walk
 from quantlib.analysis.systolic import _latency, broadcast_lines, convolution, gemm, plot, speedups
 from quantlib.layers import BinaryConv2d, FixedPoint, FractionalConv2d, QuantSign
 
