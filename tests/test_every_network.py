@@ -12,9 +12,7 @@ import quantlib as ql
 import zoo
 
 LARGE, LONG = 10_000_000, 60_000_000  # parameters and MACs from which the plain checks of one network take seconds
-NAMES = [
-    pytest.param(n, marks=pytest.mark.slow) if zoo.card(n).parameters > LARGE or zoo.card(n).macs > LONG else n for n in zoo.names()
-]
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if zoo.card(n).parameters > LARGE or zoo.card(n).macs > LONG else n for n in zoo.names()]
 CONVERTIBLE = [(name, index) for name in zoo.names() for index in range(len(zoo.card(name).converts))]
 
 
