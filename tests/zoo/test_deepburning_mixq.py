@@ -117,6 +117,35 @@ def test_float_vggtiny_pools_before_the_norm():
     assert names[names.index("conv1") :][:3] == ["conv1", "bn1", "pool1"]
 
 
+COUNTS = {  # parameters, weights and MACs (millions) of the published networks
+    "vggtiny": (1_187_274, 1_185_472, 152.805),
+    "ultranet": (210_996, 210_096, 199.526),
+    "ultranet_bypass": (358_452, 357_552, 229.018),
+    "skynet": (362_369, 357_243, 401.203),
+    "skynetk5": (382_129, 377_003, 432.333),
+    "skynet_bypass": (444_545, 437_883, 465.715),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts(name):
+    """MACs of a detector grow with the area: 160x320 holds 25 times 32x64."""
+    options = {"bypass": True} if name == "skynet_bypass" else {}
+    model, macs = zoo.get(NETWORKS[name], **options).eval(), []
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for layer in layers:
+        layer.register_forward_hook(lambda m, x, y: macs.append(y.numel() * m.weight[0].numel()))
+    size, times = ((32, 32), 1) if name == "vggtiny" else ((32, 64), 25)
+    with torch.no_grad():
+        model(torch.rand(1, 3, *size))
+    parameters, weights, millions = COUNTS[name]
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(layer.weight.numel() for layer in layers) == weights
+    assert round(times * sum(macs) / 1e6, 3) == millions
+    if not options:
+        assert (zoo.card(NETWORKS[name]).parameters, zoo.card(NETWORKS[name]).macs) == (parameters, times * sum(macs))
+
+
 # ---------------------------------------------------------------- bits
 
 
