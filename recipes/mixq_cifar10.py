@@ -183,6 +183,11 @@ def images(config: Common, split: str) -> Images:
     return replace(data, levels=256)
 
 
+def mixed(data: Images, count: int) -> Images:
+    """So many of the images (0: all) in a fixed random order: files are sorted by class."""
+    return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: count or None]]
+
+
 def settings(config: Search | Train, epochs: int, groups: tuple[Group, ...] = ()) -> Fit:
     """SGD with momentum 0.9, weight decay 5e-4 on every parameter, half a cosine to a hundredth (the published settings)."""
     return Fit(
@@ -244,8 +249,8 @@ def train(argv: list[str] | None = None) -> dict[str, Any]:
         scores = {f"model, {testing.name}": accuracy(predictions(model, testing), testing.labels)}
     done = None
     if not kind.real:
-        mixed = testing[torch.randperm(len(testing), generator=torch.Generator().manual_seed(0))]
-        done = deploy(model, mixed.codes, config.part, folder, config.verify_images, config.cpp_images, seconds)
+        few = mixed(testing, max(config.verify_images, config.cpp_images))
+        done = deploy(model, few.codes, config.part, folder, config.verify_images, config.cpp_images, seconds)
         with seconds("run integers"):
             scores[f"integers, {testing.name}"] = integer_accuracy(done.graph, testing)
     shown = {name: value if isinstance(value, str) else f"{value:.6g}" for name, value in priced.items()}
@@ -256,7 +261,7 @@ def test(argv: list[str] | None = None) -> dict[str, Any]:
     """Accuracy of trained weights on the test images, every image counting once (the published script divides by whole batches)."""
     config = parse(Use(), test.__doc__ or "", HELP, argv, SHORT_USE)
     model, path = trained(config, prepare(config))
-    data = images(config, "test")[: config.batches * config.batch_size or None]
+    data = mixed(images(config, "test"), config.batches * config.batch_size)
     right = torch.cat([right_answers(predictions(model, data[rows]), data.labels[rows]) for rows in batches(config, len(data))])
     if config.verbose:
         for n, part in enumerate(right.split(config.batch_size)):
@@ -275,7 +280,7 @@ def export(argv: list[str] | None = None) -> dict[str, Any]:
     config, seconds = parse(Use(), export.__doc__ or "", HELP, argv, SHORT_USE), Seconds()
     kind = prepare(config)
     model, path = trained(config, kind)
-    folder, data = run_folder(config) / "export", images(config, "test")
+    folder, data = run_folder(config) / "export", mixed(images(config, "test"), max(config.verify_images, config.cpp_images))
     files = upstream(model, (SHAPE[1], SHAPE[2]), folder / "published", config.config, path.stem)
     done = deploy(model, data.codes, config.part, folder, config.verify_images, config.cpp_images, seconds)
     with seconds("compare"):
@@ -289,7 +294,7 @@ def simulation(argv: list[str] | None = None) -> dict[str, Any]:
     """Both integer networks, the published exporter's and ours, on test images: accuracy, and how far each is from the trained model."""
     config = parse(Use(batches=4), simulation.__doc__ or "", HELP, argv, SHORT_USE)
     model, path = trained(config, prepare(config))
-    data = images(config, "test")[: config.batches * config.batch_size or None]
+    data = mixed(images(config, "test"), config.batches * config.batch_size)
     *outputs, where = two_simulations(model, data.codes, "upstream")
     names = ("published integers", "our integers", "model")
     result: dict[str, Any] = {name: accuracy(output, data.labels) for name, output in zip(names, outputs)}
