@@ -136,6 +136,8 @@ def options(argv: list[str] | None) -> Config:
     phases = config.recipe == "phases"
     if config.smoke:
         small: dict[str, Any] = {"width": 1 / 8, "size": 64, "batch": 32 if phases else 16, "epochs": 4 if phases else 1, "workers": 0}
+        if phases:
+            small["lr"] = 0.05  # small batches
         config = replace(config, **small, threads=1, integer_images=8, data=str(Path(config.out) / "sample"))
     elif config.weight_bits and not config.start:
         raise SystemExit("a quantized network starts from a real-valued one: give --start, its best.safetensors")
