@@ -44,6 +44,7 @@ class Config:
     batch: int = 128
     lr: float = 0.2
     fine_lr: float = 0.05
+    keep_clips: bool = False
     weight_decay: float = 4e-5
     images: int = 0
     base: int = 64
@@ -72,6 +73,7 @@ HELP = {
     "fine_epochs": "of each network that starts from it",
     "lr": "first learning rate; it falls in a straight line to 0, step by step",
     "fine_lr": "the same for the networks that start from the first one",
+    "keep_clips": "start from every clip scalar as it is: the published rule makes 1 of those not between 0.1 and 10",
     "images": "per epoch, chosen anew each time (0: all)",
     "base": "channels of the first layer of blocks, a multiple of 4",
     "blocks": "of each layer",
@@ -145,7 +147,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         first, folder = not curves, folders[name]
         model = zoo.get("diracdeltanet_cifar10", **shape, **widths(pair))
         if not first:
-            zoo.load(model, inherit(models["full precision"].state_dict()))
+            state = models["full precision"].state_dict()
+            zoo.load(model, state if config.keep_clips else inherit(state))
         settings = Fit(
             epochs=config.epochs if first else config.fine_epochs,
             batch=config.batch,

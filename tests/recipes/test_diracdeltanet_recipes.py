@@ -233,6 +233,12 @@ def test_diracdeltanet_cifar10_smoke_and_resume(recipe, tmp_path):
     assert first["top5_lost"]["from it, 4/4"]["points"] == pytest.approx(lost, abs=1e-9)  # a mean of differences, a difference of means
     assert len(scores) == 3 * 2 + 2 and sum(first["seconds"].values()) < 180
 
+    # an untrained network's last clip is 10, which the published rule makes 1: its logits are ten times as large, and so is the loss
+    kept = module.main(["--smoke", "--bits=32/32", "--keep-clips", f"--out={tmp_path / 'kept'}"])
+    ruled, free = (r["training"]["from it, 32/32"]["epochs"][0]["loss"] for r in (first, kept))
+    assert kept["training"]["full precision"]["epochs"][0]["loss"] == first["training"]["full precision"]["epochs"][0]["loss"]
+    assert ruled > 2 * free
+
     weights = (tmp_path / "w4a4" / "best.safetensors").read_bytes()
     again = module.main(["--smoke", "--bits=32/32,4/4", "--resume", f"--out={tmp_path}"])
     assert again["training"] == first["training"] and again["accuracy"] == scores  # nothing was trained anew
