@@ -129,7 +129,7 @@ def decode(graph: Graph, edges: Mapping[str, Tensor]) -> Any:
 
 
 @contextmanager
-def _exact() -> Iterator[None]:
+def exact() -> Iterator[None]:
     """Full float32 everywhere, whatever the user has switched on; restored afterwards."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -161,7 +161,7 @@ def carriers(graph: Graph, codes: Tensor, keep: Iterable[str]) -> dict[str, Tens
     plan = [(node, carrier(graph, node)) for node in graph.nodes[1:]]
     last = {i: k for k, (node, _) in enumerate(plan) for i in node.inputs}
     pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    with _exact():
+    with exact():
         for part in codes.split(CHUNK):
             values: dict[str, Tensor] = {graph.input.name: part}
             for k, (node, dtype) in enumerate(plan):

@@ -2,6 +2,7 @@
 
 Step 1 starts from float weights and trains with 4 bits everywhere; step 2 starts from step 1's best and gives the depthwise layers 5 bits.
 The published script's flags keep their names; where its two commands differ, a flag that is not given has each step's published value.
+Both commands run as published: --depthwise-bit-width 4 means step 1 alone, 5 step 2 alone.
 
     python recipes/proxylessnas_imagenet.py --data imagenet --resume proxylessnas_mobile14-0662-0c0ad983.pth --finetune
     accelerate launch recipes/proxylessnas_imagenet.py --data imagenet --resume float.pth --finetune
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import quantlib as ql
 import zoo
+from quantlib.evaluator import exact
 from quantlib.io.checkpoints import read
 from quantlib.training import (
     SGD,
@@ -84,7 +86,7 @@ class Config:
     finetune: bool = False
     evaluate: bool = False
     compute_micronet_cost: bool = False
-    steps: tuple[int, ...] = (1, 2)
+    steps: tuple[int, ...] = ()
     epochs: int = 0
     lr: float = 0.0
     lr_schedule: str = "step"
@@ -135,7 +137,7 @@ HELP = {
     "finetune": "start afresh from --resume; without it a killed run of the same command goes on where it stopped, if --out holds one",
     "evaluate": "only count right answers of --resume on val, as the network of the last of --steps",
     "compute_micronet_cost": "only print the network's MicroNet cost",
-    "steps": "1,2 as published; 1; 2; or first 0, the float network, with --epochs and --lr",
+    "steps": "1,2; 1; 2; or first 0, the float network, with --epochs and --lr (none: 1,2, or the step of --depthwise-bit-width 4 or 5)",
     "epochs": "of each step (0: 60 in step 1, 20 in step 2, as published)",
     "lr": "(0: 0.005 in step 1, 0.0001 in step 2, as published)",
     "lr_schedule": "step, linear or cosine",
@@ -183,6 +185,14 @@ def options(argv: list[str] | None) -> Config:
     for name, values in CHOICES.items():
         if getattr(config, name) not in values:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(config, name)}: give {', '.join(values)}")
+    if not config.steps:
+        published = {STEPS[number].depthwise_bit_width: (number,) for number in (1, 2)}
+        config = replace(config, steps=published.get(config.depthwise_bit_width, (1, 2)))
+    training = not (config.evaluate or config.compute_micronet_cost)
+    if training and {1, 2} <= set(config.steps) and config.depthwise_bit_width:
+        raise SystemExit(
+            f"--depthwise-bit-width {config.depthwise_bit_width}: the two steps differ by it; give --steps 1 or --steps 2 with it"
+        )
     if config.steps not in ((1, 2), (1,), (2,), (0,), (0, 1), (0, 1, 2)):
         raise SystemExit(f"--steps {','.join(map(str, config.steps))}: give 1,2 or 1 or 2, or those with 0 in front")
     if config.smoke:
@@ -193,10 +203,10 @@ def options(argv: list[str] | None) -> Config:
         return replace(config, **small)
     if config.evaluate and not config.resume:
         raise SystemExit("--evaluate: give --resume, the weights to measure")
-    if not (config.resume or config.compute_micronet_cost or config.steps[0] == 0):
+    if training and not config.resume and config.steps[0] != 0:
         wanted = {1: "weights of the float network, or begin with --steps 0", 2: "step 1's best weights"}[config.steps[0]]
         raise SystemExit(f"give --resume, {wanted}")
-    if 0 in config.steps and not (config.evaluate or config.compute_micronet_cost or (config.epochs and config.lr)):
+    if training and 0 in config.steps and not (config.epochs and config.lr):
         raise SystemExit("--steps 0: give --epochs and --lr; the float network's training was not published with the others")
     return config
 
@@ -293,7 +303,7 @@ def top1(model: nn.Module, data: ImageFiles, batch: int, workers: int) -> tuple[
     """(right answers, readable images, images whose largest logit is that of several classes). Of equal logits the lowest class wins."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     counts = torch.zeros(3, dtype=torch.long)
-    with evaluating(model.to(device)):
+    with evaluating(model.to(device)), exact():  # without TF32, which a GPU would use in convolutions
         for x, labels in data.read(torch.arange(len(data)).split(batch), None, (0, 0), workers):
             y = logits(model, x.to(device)).cpu()
             largest = y == y.max(1, keepdim=True).values

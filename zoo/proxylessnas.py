@@ -41,12 +41,25 @@ FIRST, LAST = 48, 1792
 _SCALE = ".scaling_impl.value"
 
 
-class Pixels(nn.Module):
+class Centred(nn.Module):
+    """uint8 pixels p become floats (p - 128) / 128; floats are taken as such already. TypeError for other integers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return x
+        if x.dtype != torch.uint8:
+            raise TypeError(f"the image holds {x.dtype}: give uint8 pixels p, or floats (p - 128) / 128")
+        return (x.float() - 128) / 128
+
+
+class Pixels(Centred):
     """The 8-bit image: uint8 pixels p, or floats (p - 128) / 128 as a loader gives them, on the grid of 2^-7.
 
     Forward:   code = clip(rne(128 x), -128, 127), y = code / 128; uint8 pixels have code p - 128
+    Gradient:  none: an image learns nothing
     Shapes:    (N, C, H, W) -> the same
-    Ranges:    codes -128..127, so padding with zeros is pixel 128. In integers the input is the pixel, 0..255.
+    Ranges:    codes -128..127, so padding with zeros is pixel 128. In integers the input is the pixel, 0..255
+    Errors:    TypeError for integers other than uint8
     Source:    MicroNet submission, input (p - 128) / 128 with 8 bits; it does not round, as all its images lie on the grid
     """
 
@@ -54,9 +67,7 @@ class Pixels(nn.Module):
     out_bits = 8
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.uint8:
-            return (x.float() - 128) / 128
-        return (x * 128).round().clamp(-128, 127) / 128
+        return (super().forward(x) * 128).round().clamp(-128, 127) / 128
 
     def lower(self, g: Any, x: Any) -> Any:
         if not isinstance(x, RealInput):  # an image whose grid the user stated
@@ -86,7 +97,7 @@ def real() -> Parts:
         return nn.ReLU6()
 
     return Parts(
-        pixels=nn.Identity,
+        pixels=Centred,
         conv=lambda place, *args, **kwargs: nn.Conv2d(*args, **kwargs),
         relu=relu6,
         relu_of_depthwise=relu6,
@@ -98,6 +109,10 @@ def real() -> Parts:
 
 
 def quantized(bits: int, depthwise: int, first: int, threshold: float) -> Parts:
+    """The submission's quantizers. ValueError for bits that are not whole numbers of 2 or more (weights have a narrow range)."""
+    for name, value in (("bit_width", bits), ("depthwise_bit_width", depthwise), ("first_layer_bit_width", first)):
+        if not isinstance(value, int) or value < 2:
+            raise ValueError(f"{name}={value!r}: give a whole number of bits, 2 or more")
     weight_bits = {"first": first, "dense": bits, "depthwise": depthwise}
 
     def linear(channels: int, classes: int) -> nn.Module:
@@ -154,7 +169,7 @@ class Unit(nn.Module):
 
 
 class ProxylessNAS(nn.Module):
-    """(N, 3, image_size, image_size), floats (p - 128) / 128 or, quantized, uint8 pixels too -> (N, classes).
+    """(N, 3, image_size, image_size), uint8 pixels p or floats (p - 128) / 128 -> (N, classes).
 
     stages: rows of each stage; a unit has a shortcut where it keeps stride and channels, and then shares the hardtanh of the unit before.
     width multiplies all channels but the image's. The last map is averaged whole.
@@ -162,8 +177,11 @@ class ProxylessNAS(nn.Module):
 
     def __init__(self, use: Parts, classes: int, width: float, stages: Stages, image_size: int) -> None:
         super().__init__()
+        for row in (row for rows in stages for row in rows):
+            if len(row) != 4 or row[2] % 2 == 0:
+                raise ValueError(f"stages: the row {row} is not (output channels, expansion, odd kernel, stride)")
         total_stride = 2 * prod(row[3] for rows in stages for row in rows)
-        if image_size % total_stride:
+        if image_size < 1 or image_size % total_stride:
             raise ValueError(f"image_size={image_size}: the strides of these stages want a multiple of {total_stride}")
         scaled = {c: c * width for c in (FIRST, LAST, *(row[0] for rows in stages for row in rows))}
         if any(c < 1 or c != int(c) for c in scaled.values()):

@@ -28,7 +28,8 @@ def load(model: nn.Module, source: Source) -> nn.Module:
 
     source: a path (.pt .pth .pth.tar .ckpt .t7 .npz .safetensors .h) or a mapping key -> array. A `module.` prefix is removed, and a
     model with a method `translate_checkpoint(tensors) -> tensors` recognises its authors' layouts. Strict: CheckpointError shows missing,
-    extra and misshapen keys and values that are not finite; everything is checked before the first value is copied.
+    extra and misshapen keys, values that are not finite, and different values for keys that share one tensor; everything is checked before
+    the first value is copied.
     """
     label = "the mapping" if isinstance(source, Mapping) else Path(source).name
     tensors = _without_prefix(read(source))
@@ -190,6 +191,7 @@ def _check_fit(model: nn.Module, tensors: Tensors, label: str) -> None:
         for key in own
         if key in tensors and key not in wrong and tensors[key].is_floating_point() and not own[key].is_floating_point()
     }
+    wrong |= _disagreements(own, {key: value for key, value in tensors.items() if key not in wrong})
     fitting = {key: value for key, value in tensors.items() if key not in wrong}
     try:
         result = copy.deepcopy(model).load_state_dict(fitting, strict=False)
@@ -207,6 +209,17 @@ def _check_fit(model: nn.Module, tensors: Tensors, label: str) -> None:
     lines += _listed("extra", [f"{k} {tuple(tensors[k].shape)}" for k in extra])
     lines += _listed("misfit", [f"{k}: {text}" for k, text in wrong.items()])
     raise CheckpointError("\n".join(lines))
+
+
+def _disagreements(own: Tensors, tensors: Tensors) -> dict[str, str]:
+    """Keys that are one tensor of the model, a module used in several places, but have other values than its first key."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    wrong = {}
+    for key in (key for key, value in own.items() if key in tensors and value.numel()):
+        same = first.setdefault((own[key].data_ptr(), own[key].shape), key)
+        if not torch.equal(tensors[same], tensors[key].to(tensors[same].dtype)):
+            wrong[key] = f"its values are not those of {same}, which is the same tensor of the model"
+    return wrong
 
 
 def _listed(title: str, rows: list[str]) -> list[str]:

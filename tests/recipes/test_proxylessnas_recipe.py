@@ -45,7 +45,8 @@ def recipe(root):
 @pytest.mark.parametrize("number", [1, 2])
 def test_published_commands_are_the_defaults(recipe, number):
     defaults = recipe.options(["--resume=float.pth", "--finetune"])
-    given = recipe.options([f"--steps={number}", *COMMANDS[number].split()])
+    given = recipe.options(COMMANDS[number].split())
+    assert given.steps == (number,)  # the command of one step does not go on with the other
     assert recipe.of_step(given, number) == recipe.of_step(defaults, number) == recipe.STEPS[number]
     ours = recipe.settings(given, recipe.of_step(given, number), together=3)
     assert ours == recipe.settings(defaults, recipe.of_step(defaults, number), together=3)
@@ -102,6 +103,8 @@ def test_batch_norm_has_no_decay_in_step_2_only(recipe):
         ("--resume f --lr-schedule poly", "give step, linear, cosine"),
         ("--resume f --mix-type blend", "give cutmix, mixup"),
         ("--resume f --steps 2,1", "give 1,2 or 1 or 2"),
+        ("--resume f --steps 1,2 --depthwise-bit-width 4", "the two steps differ by it"),
+        ("--resume f --depthwise-bit-width 3", "give --steps 1 or --steps 2"),
         ("", "weights of the float network"),
         ("--steps 2", "step 1's best weights"),
         ("--evaluate", "the weights to measure"),
@@ -113,14 +116,20 @@ def test_what_is_refused(recipe, flags, text):
         recipe.options(flags.split())
 
 
+def test_other_bits_are_measured_and_trained_as_one_step(recipe):
+    assert recipe.options(["--compute-micronet-cost", "--depthwise-bit-width=3"]).steps == (1, 2)
+    assert recipe.of_step(recipe.options("--resume f --steps 2 --depthwise-bit-width 3".split()), 2).depthwise_bit_width == 3
+
+
 class Fixed(nn.Module):
-    """Logits that the pixels state: a float network of the recipe's form."""
+    """Logits that the pixels state: a float network of the recipe's form, which is to run in full float32."""
 
     def __init__(self):
         super().__init__()
         self.output = nn.Identity()
 
     def pooled(self, x):
+        assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
         return (128 * x + 128)[:, :, 0, 0]
 
 

@@ -337,6 +337,14 @@ def test_options_that_do_not_fit():
         zoo.get(NAME, image_size=100)
     with pytest.raises(ValueError, match="width=0.1: .* must be whole numbers"):
         zoo.get(NAME, width=0.1)
+    with pytest.raises(ValueError, match="image_size=0"):
+        zoo.get(NAME, image_size=0)
+    with pytest.raises(ValueError, match=r"the row \(24, 1, 4, 1\) is not .* odd kernel"):
+        zoo.get(NAME, stages=(((24, 1, 4, 1),),))
+    for name in ("bit_width", "depthwise_bit_width", "first_layer_bit_width"):
+        for bits in (1, 4.0, "4"):
+            with pytest.raises(ValueError, match=f"{name}={bits!r}: give a whole number of bits, 2 or more"):
+                zoo.get(NAME, **SMALL, **{name: bits})
     assert zoo.names("proxylessnas*") == sorted((*QUANTIZED, "proxylessnas_float_imagenet"))
 
 
@@ -356,6 +364,16 @@ def test_pixels_have_the_published_codes():
     for x in (v, real(v), 3 * torch.randn(2, 3, 16, 16), torch.tensor([-1e30, 1e30, 0.0]).reshape(1, 3, 1, 1).expand(1, 3, 16, 16)):
         assert torch.equal(ql.run(graph, x), layer(x))
     assert ql.verify(layer, graph, v).ok
+
+
+@pytest.mark.parametrize("name", [NAME, "proxylessnas_float_imagenet"])
+def test_networks_take_pixels(name):
+    """uint8 pixels or their floats; other integers would be clipped without a word, so they are refused."""
+    model, x = zoo.get(name, **SMALL).eval(), pixels(2)
+    with torch.no_grad():
+        assert torch.equal(model(x), model(real(x)))
+        with pytest.raises(TypeError, match="the image holds torch.int64: give uint8 pixels"):
+            model(x.long())
 
 
 def test_an_image_of_stated_codes():
@@ -447,6 +465,17 @@ def test_a_single_missing_scale_is_an_error():
     model = small(2)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(zoo.CheckpointError, match=r"missing 1:\n    features.stage2.unit1.body.dw_conv.activ"):
+        zoo.load(model, state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_names_of_one_shared_scale_agree():
+    """A shared hardtanh stands under two names per unit; files whose values differ are refused, not loaded with the last one."""
+    saved, model = small(), small(2)
+    state, before = state_2019(saved, 449), {key: value.clone() for key, value in model.state_dict().items()}
+    state[f"features.stage2.unit2.shared_act.{SCALE_2019}"] += 1
+    first = f"features.stage2.unit1.body.pw_conv.activ.{SCALE}"
+    with pytest.raises(zoo.CheckpointError, match=f"features.stage2.unit2.shared_act.{SCALE}: its values are not those of {first}"):
         zoo.load(model, state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
