@@ -60,7 +60,7 @@ def main(out: Path) -> None:
     # Batch normalisation sees half a batch each, so this one differs from one process; its processes must not differ from each other.
     torch.manual_seed(2)
     net = zoo.get("fracbnn_digits")
-    fit(net, digits("train")[:64], digits("test")[:21], Fit(1, 16, shift=1, gate_target=1.0), out=out / "net")
+    fit(net, digits("train")[:64], digits("test")[:21], Fit(1, 16, shift=1, gate_target=1.0, average=0.5), out=out / "net")
     flat = torch.cat([v.double().flatten() for v in net.state_dict().values()])
     found["net"] = Accelerator().gather(flat[None])
     if is_main_process():
