@@ -6,12 +6,10 @@ functions are seen. Nothing of the user's model changes.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quantlib.analysis._bits import activation_bits, enabled, steps, weight_steps
@@ -34,13 +32,10 @@ def walk(model: nn.Module, input_shape: tuple[int, ...], fan_in: FanIn = "true")
     fan_in: what accumulator widths count as inputs of an output, kh kw times "true": in_channels / groups, "published": out_channels //
     groups. AnalysisError when the model does not run on that shape, and for layers without a rule that hold weights.
     """
-    from quantlib.capture import CaptureError, _record, unwrapped
+    from quantlib.capture import CaptureError, record_once
 
-    model = copy.deepcopy(unwrapped(model)).cpu().float().eval()
-    image = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
-        with torch.random.fork_rng(devices=[]):
-            record = _record(model, image)
+        record = record_once(model, input_shape)
     except CaptureError as error:
         raise AnalysisError(str(error)) from error
     except Exception as error:
