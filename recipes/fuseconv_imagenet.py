@@ -11,14 +11,14 @@ which starts from the weights of a real-valued one (--start), reads pixels, and 
         --start build/fuseconv_imagenet/best.safetensors --out build/w4a4 --lr 0.002 --epochs 30
     python recipes/fuseconv_imagenet.py --smoke
 
-The folder holds train/<class>/<image> and val/<class>/<image>. In the phases, test images of every size are square, the published ones of
-288 pixels are not. The penalty on weights, published as a term of the loss, stands in the optimizer: its gradient is the same.
+The folder holds train/<class>/<image> and val/<class>/<image>. The penalty on weights, published as a term of the loss, stands in the
+optimizer: its gradient is the same. Test images of 288 pixels are rectangles of like ratios, but for quantized networks squares.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from quantlib.training import (
 from quantlib.training.data import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, Phases, random_area_by_height
 from quantlib.training.deploy import Deployed, Seconds, deploy, finish, integer_accuracy
 from quantlib.training.flags import parse
+from quantlib.training.rectangles import RectangularFiles
 from quantlib.training.smoke import digit_files
 
 RECIPES = ("trainer", "phases")
@@ -212,7 +213,9 @@ def data(config: Config, split: str) -> Phases:
     parts = []
     for first, size, _, least in DATA:
         size = size * config.size // 224
-        parts.append((scaled(first, config), replace(files, size=size, resize=int(1.14 * size), crop=least, unreadable={})))
+        kind = RectangularFiles if first == DATA[-1][0] and not config.weight_bits else ImageFiles
+        own = {f.name: getattr(files, f.name) for f in fields(files)} | {"size": size, "resize": int(1.14 * size), "crop": least}
+        parts.append((scaled(first, config), kind(**own | {"unreadable": {}})))
     return Phases(tuple(parts))
 
 

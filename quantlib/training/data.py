@@ -118,7 +118,7 @@ class ImageFiles:
     named `resample`; policy(PIL image, generator), such as `autoaugment`, changes it; lighting: standard deviation of the PCA colour shift,
     0 for none; Augment.flip mirrors half of them.
     Testing: the shorter side resized to `resize`, the middle cut out; cut_first: a square of the share size / resize of the shorter side
-    cut out of the middle and then resized.
+    cut out of the middle and then resized; window: height and width of the middle, where it is no square.
     A file that cannot be read is noted in `unreadable`; while training the next file stands in for it, while testing it is left out.
     """
 
@@ -136,6 +136,7 @@ class ImageFiles:
     area: Callable[[int, int, np.random.Generator, float], tuple[int, int, int, int]] | None = None
     resample: str = "bilinear"
     cut_first: bool = False
+    window: tuple[int, int] | None = None
     strict: bool = False
     unreadable: dict[str, str] = field(default_factory=dict)
 
@@ -184,14 +185,15 @@ class ImageFiles:
         return self.normalised(pixels)
 
     def test_pixels(self, picture: Any) -> np.ndarray:
-        """uint8 (size, size, 3)."""
+        """uint8 (size, size, 3), or (*window, 3)."""
         if self.cut_first:
             left, top, side, _ = middle_area(picture.width, picture.height, self.size / self.resize)
             return np.asarray(picture.crop((left, top, left + side, top + side)).resize((self.size, self.size), self._filter))
         width, height = (int(self.resize * side / min(picture.size)) for side in picture.size)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        high, wide = self.window or (self.size, self.size)
+        left, top = round((width - wide) / 2), round((height - high) / 2)
         whole = picture.resize((width, height), self._filter)
-        return np.asarray(whole.crop((left, top, left + self.size, top + self.size)))
+        return np.asarray(whole.crop((left, top, left + wide, top + high)))
 
     @property
     def _filter(self) -> Any:

@@ -15,8 +15,9 @@ from torch import nn
 from quantlib.training import Course, EachStep, Fit, Images, Ramp, RMSprop, Staircase, TrainingError, fit
 from quantlib.training.average import MovingAverage
 from quantlib.training.checkpoint import load_checkpoint
-from quantlib.training.data import ImageFiles, Phases, middle_area, normalised, random_area_by_height, resized
+from quantlib.training.data import Augment, ImageFiles, Phases, middle_area, normalised, random_area_by_height, resized
 from quantlib.training.loop import _Run
+from quantlib.training.rectangles import RectangularFiles
 
 
 def made(count=64, side=4):
@@ -219,3 +220,28 @@ def test_images_are_enlarged_shifted_and_then_normalised():
     channel = torch.tensor(mean).reshape(3, 1, 1), torch.tensor(std).reshape(3, 1, 1)
     assert torch.equal(x, (resized(data.codes, 16).float() / 255 - channel[0]) / channel[1])
     assert torch.equal(normalised(x, (0.0,), (1.0,)), x)
+
+
+def test_rectangles_are_sorted_by_ratio_and_rounded_down(tmp_path):
+    """Eight images, two batches: each is resized, and the middle of its batch's rectangle cut out."""
+    sizes = [(40, 80), (80, 40), (50, 60), (64, 64), (60, 50), (90, 60), (44, 66), (70, 50)]
+    draw, paths = np.random.default_rng(0), []
+    for n, (w, h) in enumerate(sizes):
+        Image.fromarray(draw.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(tmp_path / f"{n}.png")
+        paths.append(str(tmp_path / f"{n}.png"))
+    data = RectangularFiles(tuple(paths), torch.arange(8), "r", size=24, resize=27, mean=(0.0,), std=(1.0,))
+    found = list(data.read(torch.arange(8).split(5), None, (0, 0)))
+    order = sorted(range(8), key=lambda n: round(sizes[n][0] / sizes[n][1], 5))
+    assert [y.tolist() for _, y in found] == [order[:5], order[5:]]
+    for (x, _), members in zip(found, (order[:5], order[5:])):
+        r = sum(round(sizes[n][0] / sizes[n][1], 5) for n in members) / len(members)
+        high, wide = (math.floor(int(24 / r) / 8) * 8, 24) if r < 1 else (24, math.floor(int(24 * r) / 8) * 8)
+        assert x.shape == (len(members), 3, high, wide)
+        for image, n in zip(x, members):
+            w, h = (int(27 * side / min(sizes[n])) for side in sizes[n])
+            left, top = round((w - wide) / 2), round((h - high) / 2)
+            with Image.open(paths[n]) as picture:
+                wanted = picture.convert("RGB").resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + wide, top + high))
+            assert np.array_equal((image * 255).round().numpy().transpose(1, 2, 0), np.asarray(wanted))
+    ((x, y),) = data.read([torch.arange(3)], Augment(), (0, 0))
+    assert x.shape == (3, 3, 24, 24) and y.tolist() == [0, 1, 2]  # training images are squares
