@@ -10,7 +10,8 @@ Both commands run as published: --depthwise-bit-width 4 means step 1 alone, 5 st
     python recipes/proxylessnas_imagenet.py --compute-micronet-cost
     python recipes/proxylessnas_imagenet.py --smoke
 
-The folder holds train/<class>/<image> and val/<class>/<image>. --steps 0 trains the float network, for which nothing was published.
+The folder holds train/<class>/<image> and val/<class>/<image>; val is enough for --evaluate. --steps 0 trains the float network, for which
+nothing was published.
 """
 
 from __future__ import annotations
@@ -291,7 +292,10 @@ def smoothed(smoothing: float) -> Any:
 
 
 def logits(model: Any, x: Tensor) -> Tensor:
-    """Of the quantized network as the integers they stand for, so that equal logits are equal whatever the batch; else as they are."""
+    """Of the quantized network as the integers they stand for, so that equal logits are equal whatever the batch; else as they are.
+
+    Exact where the accumulator has 24 bits or fewer, as float32 has: 19 in the published network.
+    """
     pooled = model.pooled(x)
     outputs = model.output(pooled)
     if isinstance(pooled, Tensor):
@@ -354,14 +358,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         pixels: dict[str, Any] = {"levels": 128, "mean": (1.0,) * 3, "std": (1.0,) * 3}  # (u8 - 128) / 128
         pixels |= {"lighting": 0.0, "policy": autoaugment}
         sizes = {"size": config.size, "resize": config.size * 8 // 7, "strict": config.strict}
-        train, test = (image_files(config.data, split, **sizes, **pixels) for split in ("train", "val"))
-    if is_main_process():
-        console.print(f"{train.name}: {len(train):,} images of {train.classes} classes; {test.name}: {len(test):,}", highlight=False)
+        test = image_files(config.data, "val", **sizes, **pixels)
 
     if config.evaluate and not config.smoke:
-        model = network(config, last, train.classes)
+        model = network(config, last, test.classes)
         start(model, config.resume, console)
         return {"top1": say_top1(model, test, config, console)} if is_main_process() else {}
+
+    with seconds("list files"):
+        train = image_files(config.data, "train", **sizes, **pixels)
+    if is_main_process():
+        console.print(f"{train.name}: {len(train):,} images of {train.classes} classes; {test.name}: {len(test):,}", highlight=False)
 
     # Train: each step starts from the best weights of the one before.
     curves: dict[str, list[Epoch]] = {}

@@ -211,6 +211,8 @@ def test_smoke(recipe, tmp_path, capsys):
     shape = ["--reduced", "--width=0.125", "--size=32", "--workers=0", "--batch-size=8"]
     measured = recipe.main(["--evaluate", f"--resume={best}", f"--data={tmp_path / 'sample'}", *shape])
     assert list(measured["top1"]) == list(result["top1"].values())  # in batches of 8 instead of 16
+    (tmp_path / "sample" / "train").rename(tmp_path / "elsewhere")  # measuring needs no training images
+    assert recipe.main(["--evaluate", f"--resume={best}", f"--data={tmp_path / 'sample'}", *shape]) == measured
     priced = recipe.main(
         ["--compute-micronet-cost", f"--resume={tmp_path / 'step1' / 'best.safetensors'}", "--steps=1", *shape[:3], "--mix-rate=1"]
     )
