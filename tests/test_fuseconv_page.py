@@ -128,6 +128,22 @@ def test_the_example_prints_what_the_page_shows(page, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == shown.splitlines()
 
 
+def test_the_comparison_on_cifar10(page):
+    """Accuracies are those of the cards; the rest follows from the networks."""
+    found = rows(page, "| variant | top-1 % on 8,000 test images")
+    before = 0
+    for variant, top1, _, parameters, cycles, speedup in found:
+        name = name_of("MobileNetV2", {"baseline": ""}.get(variant, f"_fuse_{variant}"))
+        (measured,) = zoo.card(name).measured
+        assert top1 == f"{measured.value:.2f}" and "--size 64 --width 0.35 --epochs 6 --images 6000" in measured.source
+        model = zoo.get(name, num_classes=10, width=0.35)
+        ours = ql.analysis.systolic_latency(model, (3, 64, 64), array="fuse").cycles
+        before = before or ours
+        assert parameters == f"{sum(p.numel() for p in model.parameters()):,}"
+        assert (cycles, speedup) == (f"{ours:,}", f"{before / ours:.2f}")
+    assert [row[0] for row in found] == ["baseline", "half", "full"]
+
+
 def test_links_and_files_exist(page, root):
     named = re.findall(r"\]\(([^)#]+)\)", page) + [f"../{n}" for n in re.findall(r"`((?:recipes|tests)/[\w/]+\.py)`", page)]
     assert named and all((root / "docs" / link).exists() for link in named)
