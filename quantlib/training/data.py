@@ -406,21 +406,26 @@ def read_images(source: str | Path, split: str = "test", strict: bool = False) -
 
 
 def image_files(folder: str | Path, split: str, **settings: Any) -> ImageFiles:
-    """The files of `<folder>/<split>/<class>/<image>` (ImageNet's layout), undecoded; settings are fields of `ImageFiles`."""
+    """The files of `<folder>/<split>/<class>/<image>` (ImageNet's layout), undecoded; settings are fields of `ImageFiles`.
+
+    Classes are numbered over all splits of the folder, so that one without images of some class numbers the others as its neighbour does.
+    """
     path = Path(folder)
-    found = ((PurePosixPath(p.relative_to(path).as_posix()), p) for p in sorted(path.rglob("*")) if p.is_file())
-    chosen = [(name.parts[-2], str(p)) for name, p in _of_split(found, split) if name.suffix.lower() in _IMAGE_ENDINGS]
+    files = ((PurePosixPath(p.relative_to(path).as_posix()), p) for p in sorted(path.rglob("*")) if p.is_file())
+    found = [(name, p) for name, p in files if name.suffix.lower() in _IMAGE_ENDINGS]
+    chosen = [(name.parts[-2], str(p)) for name, p in _of_split(found, split)]
     if not chosen:
         raise DataError(f"{path} holds no {split}/<class>/<image> files; readable endings are {', '.join(_IMAGE_ENDINGS)}")
-    _, labels = np.unique([name for name, _ in chosen], return_inverse=True)
+    classes = sorted({name.parts[-2] for name, _ in found if len(name.parts) >= 2} - _SPLITS)
+    labels = np.searchsorted(classes, [name for name, _ in chosen])
     return ImageFiles(tuple(p for _, p in chosen), torch.from_numpy(labels.astype(np.int64)), f"{path.name} {split}", **settings)
 
 
 def _of_split(files: Iterable[tuple[PurePosixPath, Any]], split: str) -> Iterator[tuple[PurePosixPath, Any]]:
-    """Those in a class folder of this split, or in class folders that belong to no split."""
+    """Those in a class folder of this split, or in class folders of no split; images in a split's folder itself have no class."""
     for name, where in files:
         above = set(name.parts[:-2])
-        if len(name.parts) >= 2 and (split in above or not _SPLITS & above):
+        if len(name.parts) >= 2 and name.parts[-2] not in _SPLITS and (split in above or not _SPLITS & above):
             yield name, where
 
 

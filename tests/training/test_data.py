@@ -166,6 +166,17 @@ def files(tmp_path):
     return tmp_path
 
 
+def test_splits_number_classes_alike(tmp_path):
+    """A test folder that lacks a class does not shift the labels of the others; images outside class folders are no class."""
+    put(
+        tmp_path,
+        {f"train/{name}/0.png": image(1) for name in ("cat", "dog", "wolf")} | {"val/wolf/1.png": image(1), "test/2.png": image(1)},
+    )
+    train, test = (image_files(tmp_path, split) for split in ("train", "val"))
+    assert [(p.split("/")[-2], int(label)) for p, label in zip(test.paths, test.labels)] == [("wolf", 2)]
+    assert dict(zip((p.split("/")[-2] for p in train.paths), train.labels.tolist()))["wolf"] == 2
+
+
 def test_image_files_do_not_depend_on_batches_or_workers(files):
     data = image_files(files, "train", size=16, resize=18)
     assert len(data) == 6 and data.classes == 2 and data.labels.tolist() == [0, 0, 0, 1, 1, 1]
