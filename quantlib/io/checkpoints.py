@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,8 +29,8 @@ def load(model: nn.Module, source: Source) -> nn.Module:
 
     source: a path (.pt .pth .pth.tar .ckpt .t7 .npz .safetensors .h) or a mapping key -> array. A `module.` prefix is removed, and a
     model with a method `translate_checkpoint(tensors) -> tensors` recognises its authors' layouts. Strict: CheckpointError shows missing,
-    extra and misshapen keys, values that are not finite, and different values for keys that share one tensor; everything is checked before
-    the first value is copied.
+    extra and misshapen keys and values that are not finite; everything is checked before the first value is copied. UserWarning where keys
+    of one shared tensor hold different values.
     """
     label = "the mapping" if isinstance(source, Mapping) else Path(source).name
     tensors = _without_prefix(read(source))
@@ -38,6 +39,7 @@ def load(model: nn.Module, source: Source) -> nn.Module:
         tensors = translate(tensors)
     _check_values(tensors, label)
     _check_fit(model, tensors, label)
+    _warn_of_disagreement(model.state_dict(), tensors, label)
     model.load_state_dict(tensors)
     return model
 
@@ -191,7 +193,6 @@ def _check_fit(model: nn.Module, tensors: Tensors, label: str) -> None:
         for key in own
         if key in tensors and key not in wrong and tensors[key].is_floating_point() and not own[key].is_floating_point()
     }
-    wrong |= _disagreements(own, {key: value for key, value in tensors.items() if key not in wrong})
     fitting = {key: value for key, value in tensors.items() if key not in wrong}
     try:
         result = copy.deepcopy(model).load_state_dict(fitting, strict=False)
@@ -211,15 +212,17 @@ def _check_fit(model: nn.Module, tensors: Tensors, label: str) -> None:
     raise CheckpointError("\n".join(lines))
 
 
-def _disagreements(own: Tensors, tensors: Tensors) -> dict[str, str]:
-    """Keys that are one tensor of the model, a module used in several places, but have other values than its first key."""
+def _warn_of_disagreement(own: Tensors, tensors: Tensors, label: str) -> None:
+    """UserWarning where keys of one tensor, of a module used in several places, hold different values: one of them is not what counts."""
     first: dict[tuple[int, torch.Size], str] = {}
-    wrong = {}
+    differing = []
     for key in (key for key, value in own.items() if key in tensors and value.numel()):
         same = first.setdefault((own[key].data_ptr(), own[key].shape), key)
         if not torch.equal(tensors[same], tensors[key].to(tensors[same].dtype)):
-            wrong[key] = f"its values are not those of {same}, which is the same tensor of the model"
-    return wrong
+            differing.append(f"{key} is {same}")
+    if differing:
+        lines = [f"{label} holds different values for keys that are one tensor of the model, and the last one counts:"]
+        warnings.warn("\n".join(lines + _listed("disagree", differing)), stacklevel=3)
 
 
 def _listed(title: str, rows: list[str]) -> list[str]:
