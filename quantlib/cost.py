@@ -172,9 +172,12 @@ def _rows(height: int, out: int, kernel: int, stride: int, before: int, dilation
 
 
 def window(
-    x: IntType, y: IntType, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], lanes: int
-) -> Cost:
+    x: IntType, y: IntType, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], lanes: int,
+    burst: int = 0,
+) -> Cost:  # fmt: skip
     """The stage that turns the image into windows, `lanes` channels per word; it reads the next rows while it writes the present one.
+
+    burst: words that the stage behind it reads in one go, for which its FIFO has room.
 
     cycles = fill + sum over output rows of max(words written, words read). A ring of image rows in one memory; nothing for 1 x 1 windows
     side by side.
@@ -189,7 +192,7 @@ def window(
     cycles = need[0] * line + sum(max(written, (b - a) * line) for a, b in zip(need[:-1], need[1:]))
     pause = sum(n == height for n in need[:-1]) * written / cycles  # the last rows of windows are written when all is read
     ring = memory(min(held, height) * line, lanes * x.bits)
-    return loop(cycles, lanes * x.bits, need[0] / height, pause) + ring + fifo(32, lanes * x.bits)
+    return loop(cycles, lanes * x.bits, need[0] / height, pause) + ring + fifo(max(32, burst), lanes * x.bits)
 
 
 @cache

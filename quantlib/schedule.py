@@ -264,7 +264,7 @@ def _options(graph: Graph, node: Node) -> _Options:
                 continue
             reads = _reads(node, x, Folding(pe, simd))
             own = [(f, node.op.cost(x, node.type, f)) for f in (Folding(pe, simd, s) for s in styles)]
-            around = _streams(graph, node, reads, [BASE_DEPTH + _waiting(p, own[0][1]) for p in reads])
+            around = _streams(graph, node, reads, [BASE_DEPTH + _waiting(p, own[0][1].pause) for p in reads])
             found += [(f, cost + around) for f, cost in own]
     cycles = np.array([c.cycles for _, c in found])
     usage = np.stack([_usage(c) for _, c in found])
@@ -401,13 +401,16 @@ def _reads(node: Node, x: Sequence[IntType], folding: Folding) -> tuple[Port, ..
     return node.op.hls(x, node.type, folding).kernels[0].inputs if node.inputs else ()
 
 
-def _waiting(read: Port, cost: Cost) -> int:
-    """Words that arrive while a node pauses."""
-    return ceil(cost.pause * read.words)
+def _waiting(read: Port, share: float) -> int:
+    """Words of a share of an image: those that arrive while a node pauses."""
+    return ceil(share * read.words)
 
 
 def _depths(graph: Graph, foldings: Mapping[str, Folding]) -> list[tuple[int, ...]]:
-    """FIFO depths per node and input: BASE_DEPTH, what arrives while the node pauses, and what the shorter of two branches stores."""
+    """FIFO depths per node and input: BASE_DEPTH, what arrives while the node pauses, and what the shorter of two branches stores.
+
+    That is what keeps the network from a deadlock, and what the longer branch holds in the FIFOs in front of its pausing nodes besides.
+    """
     from quantlib.hls.netlist import build
 
     stored: dict[str, list[int]] = {}
@@ -415,11 +418,15 @@ def _depths(graph: Graph, foldings: Mapping[str, Folding]) -> list[tuple[int, ..
         if stage.header != "ql_glue.hpp" and len(stage.inputs) > 1:
             stored[stage.node] = [w.depth + BASE_DEPTH for w in stage.inputs]  # once more, as the bursts of both branches meet here
     depths = []
+    held: dict[str, float] = {}  # the share of an image that waits in the FIFOs on the way to a node's output
     for node in graph:
         x = graph.types(node)
         cost, reads = node.op.cost(x, node.type, foldings[node.name]), _reads(node, x, foldings[node.name])
         joined = stored.get(node.name, [0] * len(x))
-        depths.append(tuple(BASE_DEPTH + _waiting(p, cost) + words for p, words in zip(reads, joined, strict=True)))
+        most = max((held[i] for i in node.inputs), default=0.0)
+        held[node.name] = most + cost.pause
+        waiting = [_waiting(p, cost.pause + most - held[i]) for i, p in zip(node.inputs, reads, strict=True)]
+        depths.append(tuple(BASE_DEPTH + wait + words for wait, words in zip(waiting, joined, strict=True)))
     return depths
 
 

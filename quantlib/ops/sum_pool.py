@@ -77,7 +77,7 @@ class SumPool(Op):
             unit = adder(y.bits) + memory(y.shape[0] // folding.pe, y.bits)
             return loop(x[0].numel // folding.pe, folding.pe * y.bits, 1.0) + unit.times(folding.pe)
         cycles = y.numel // folding.pe * self.kernel[0] * self.kernel[1]
-        front = window(x[0], y, self.kernel, self.stride, self.padding, (1, 1), folding.pe)
+        front = window(x[0], y, self.kernel, self.stride, self.padding, (1, 1), folding.pe, self.kernel[0] * self.kernel[1])
         return loop(cycles, folding.pe * y.bits) + adder(y.bits).times(folding.pe) + front
 
     @classmethod
