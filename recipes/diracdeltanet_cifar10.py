@@ -45,6 +45,7 @@ class Config:
     lr: float = 0.2
     fine_lr: float = 0.05
     keep_clips: bool = False
+    signs: bool = False
     weight_decay: float = 4e-5
     images: int = 0
     base: int = 64
@@ -74,6 +75,7 @@ HELP = {
     "lr": "first learning rate; it falls in a straight line to 0, step by step",
     "fine_lr": "the same for the networks that start from the first one",
     "keep_clips": "start from every clip scalar as it is: the published rule makes 1 of those not between 0.1 and 10",
+    "signs": "1-bit weights are -1 and +1 instead of the published -1 and 0",
     "images": "per epoch, chosen anew each time (0: all)",
     "base": "channels of the first layer of blocks, a multiple of 4",
     "blocks": "of each layer",
@@ -145,7 +147,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             (folder / "last.safetensors").unlink(missing_ok=True)
     for name, pair in runs.items():
         first, folder = not curves, folders[name]
-        model = zoo.get("diracdeltanet_cifar10", **shape, **widths(pair))
+        model = zoo.get("diracdeltanet_cifar10", **shape, **widths(pair), signs=config.signs)
         if not first:
             state = models["full precision"].state_dict()
             zoo.load(model, state if config.keep_clips else inherit(state))
