@@ -323,12 +323,14 @@ _CIFAR10 = tuple(
         macs=26_579_968,
         options=_OPTIONS,
         converts=({"weight_bits": 1, "act_bits": 4, "signs": True, "fc_offset": False, **INTEGERS, **_REDUCED},),
-        normalisation=(MEAN, STD),
         measured=(
             *_CIFAR10,
             Claim("top-5 lost by 4/4 bit, image by image, standard error 0.24 (published on ImageNet: 0.9)", 1.12, "points", _TRAINED),
         ),
-        notes="Ours: the published network with a stem that does not pool, and about half its channels and features.",
+        notes=(
+            "Ours: the published network with a stem that does not pool, and about half its channels and features. The recipe trains it on "
+            "pixel / 255; image='int8' takes images normalised as ImageNet's."
+        ),
         **_PAPER,
     )
 )
