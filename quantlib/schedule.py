@@ -416,7 +416,7 @@ def _depths(graph: Graph, foldings: Mapping[str, Folding]) -> list[tuple[int, ..
     stored: dict[str, list[int]] = {}
     for stage in build(graph, foldings).stages:
         if stage.header != "ql_glue.hpp" and len(stage.inputs) > 1:
-            stored[stage.node] = [w.depth + BASE_DEPTH for w in stage.inputs]  # once more, as the bursts of both branches meet here
+            stored[stage.node] = [w.depth if w.depth > BASE_DEPTH else 0 for w in stage.inputs]
     depths = []
     held: dict[str, float] = {}  # the share of an image that waits in the FIFOs on the way to a node's output
     for node in graph:

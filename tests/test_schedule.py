@@ -328,12 +328,13 @@ def test_the_short_branch_stores_what_the_long_one_waits_for() -> None:
     for pe in (1, 2, 4):
         schedule = Schedule.of(graph, {n.name: Folding(pe) for n in graph if n.inputs})
         straight, skip = schedule["add1"].depths
-        # A 3 x 3 window with padding 1 needs two rows of 8 pixels, 4/pe words each, and may read the third while it writes.
-        assert straight == 3 * BASE_DEPTH <= skip
         # While its last rows of windows are written, another part of an image waits in front of the long branch, and as much here.
-        graph_types = graph.types(graph.by_name["conv1"])
-        waits = ceil(graph.by_name["conv1"].op.cost(graph_types, graph.by_name["conv1"].type, Folding(pe)).pause * 8 * 8 * 4 // pe)
-        assert 2 * 8 * 4 // pe < skip - waits - 2 * BASE_DEPTH <= max(3 * 8 * 4 // pe, BASE_DEPTH) + 1
+        conv = graph.by_name["conv1"]
+        waits = ceil(conv.op.cost(graph.types(conv), conv.type, Folding(pe)).pause * 8 * 8 * 4 // pe)
+        # A 3 x 3 window with padding 1 needs two rows of 8 pixels, 4/pe words each, and may read the third while it writes.
+        two, three, stored = 2 * 8 * 4 // pe, 3 * 8 * 4 // pe, skip - waits - BASE_DEPTH
+        assert straight == BASE_DEPTH <= skip
+        assert two < stored <= max(three, BASE_DEPTH) + 1 or (stored <= 1 and two < BASE_DEPTH)
         assert all(d >= BASE_DEPTH for n in graph for d in schedule[n.name].depths)
 
 

@@ -9,6 +9,7 @@ it, batch normalisation sees the share of its process, and the running statistic
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import time
@@ -377,6 +378,13 @@ def processes() -> Any:
     from accelerate.utils import parse_flag_from_env
 
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+@atexit.register
+def _leave_group() -> None:
+    """A group of processes that is still up while the interpreter goes down can abort its process after all work is done."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_main_process() -> bool:
