@@ -323,9 +323,9 @@ def _leaf_calls(recorder: _Recorder) -> Iterator[None]:
     original = nn.Module.__call__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        path = recorder.path(module)
         if recorder.inside:
             return original(module, *args, **kwargs)
+        path = recorder.path(module)
         if not is_leaf(module):
             recorder.scopes.append(path)
             try:

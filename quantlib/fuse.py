@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from quantlib import analysis
+from quantlib._modules import replace_module
 from quantlib._torch import ELEMENTWISE, IDENTITY
 from quantlib.capture import Call, Record, record_once, refs, short_name
 from quantlib.layers import FuSeConv2d, ScaledIntConv2d, ScaledIntLinear
@@ -70,6 +71,8 @@ def replace_depthwise(
     chosen = list(names) if names is not None else _by_gain(model, input_shape, variant, share, rows, cols, conv)
     known = dict(model.named_modules())
     for name in chosen:
+        if not name:
+            raise FuseError(f"the model itself is a {type(model).__name__}; put it into an nn.Sequential")
         module = known.get(name)
         if not isinstance(module, nn.Conv2d):
             raise FuseError(f"{name!r} is no convolution of the model; its depthwise ones are {', '.join(depthwise(model)) or 'none'}")
@@ -82,7 +85,7 @@ def replace_depthwise(
             _Widening(result, record_once(result, input_shape), name).run()
         layer = result.get_submodule(name)
         assert isinstance(layer, nn.Conv2d)
-        _put(result, name, _fuse_layer(name, layer, variant, conv))
+        replace_module(result, name, _fuse_layer(name, layer, variant, conv))
     return result
 
 
@@ -132,11 +135,6 @@ def _fuse_layer(name: str, layer: nn.Conv2d, variant: Variant, conv: Callable[..
         raise FuseError(f"{name}: {layer.in_channels} channels cannot be halved; use variant='full'")
     fuse = FuSeConv2d(layer.in_channels, layer.kernel_size[0], layer.stride[0], variant=variant, conv=conv, bias=layer.bias is not None)
     return fuse.to(layer.weight.device, layer.weight.dtype).train(layer.training)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 # ---------------------------------------------------------------- widening for the full variant
@@ -213,7 +211,7 @@ class _Widening:
             wide = type(layer).__name__
             raise FuseError(f"{self.name}: {path} ({wide}) reads its channels twice; the full variant needs layers that run once behind it")
         self.done.add(path)
-        _put(self.model, path, layer)
+        replace_module(self.model, path, layer)
 
 
 def _wider(name: str, layer: nn.Module, inputs: bool) -> nn.Module:

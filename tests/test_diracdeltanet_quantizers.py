@@ -120,7 +120,7 @@ def test_weight_formula(w: np.ndarray, bits: int, classifier: bool) -> None:
     m = np.abs(t).max()
     code = np.rint((t / (2 * m) + 0.5) * n) if m else np.rint(np.full(w.shape, n / 2))
     tensor = torch.from_numpy(w)
-    if classifier:
+    if classifier:  # integers over n, times n again: products of rounded quotients
         assert np.allclose(tanh_classifier(tensor, bits).numpy() * n, code - 2 ** (bits - 1) - 1, rtol=0, atol=1e-9)
         assert np.allclose(tanh_classifier(tensor, bits, offset=False).numpy() * n, code - 2 ** (bits - 1), rtol=0, atol=1e-9)
     else:
@@ -166,9 +166,9 @@ def test_activation_formula(x: np.ndarray, clip: float, negative: bool, bits: in
     expected = u / clip * reach if bits == 32 else np.rint(u / clip * n) * (reach / n)
     assert np.array_equal(y, expected) or np.allclose(y, expected, rtol=1e-15, atol=0)  # 32 bits: u / a * R in one order or the other
     inside = (np.sign(x) - np.sign(x - clip)) / 2
-    assert np.allclose(dx, grad * reach / clip * inside, rtol=1e-12, atol=1e-12)
+    assert np.allclose(dx, grad * reach / clip * inside, rtol=1e-12, atol=1e-12)  # the same factors in another order
     dcoef = (grad * reach * ((1 + np.sign(x - clip)) / (2 * clip) - u / clip**2)).sum() * (-1 if negative else 1)
-    assert coef.grad is not None and np.isclose(float(coef.grad[0]), dcoef, rtol=1e-9, atol=1e-9)
+    assert coef.grad is not None and np.isclose(float(coef.grad[0]), dcoef, rtol=1e-9, atol=1e-9)  # a sum that cancels
 
 
 def test_all_outputs_lie_on_one_grid_whatever_the_clip() -> None:

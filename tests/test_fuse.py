@@ -122,6 +122,21 @@ def test_refusals_name_the_layer(model: nn.Module, options: dict[str, Any], says
         fuse.replace_depthwise(model, (4, 6, 5), "full", **options)
 
 
+def test_a_layer_of_two_names_is_replaced_under_both() -> None:
+    """One depthwise layer that runs twice: the half variant stays one layer, the full one is refused."""
+    shared = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Conv2d(4, 2, 1))
+    fused = fuse.replace_depthwise(model, (4, 6, 5))
+    assert isinstance(fused[0], FuSeConv2d) and fused[2] is fused[0] and model[2] is shared
+    with pytest.raises(fuse.FuseError, match="runs 2 times"):
+        fuse.replace_depthwise(model, (4, 6, 5), "full")
+
+
+def test_a_bare_layer_has_no_place_to_put_another() -> None:
+    with pytest.raises(fuse.FuseError, match="the model itself"):
+        fuse.replace_depthwise(nn.Conv2d(4, 4, 3, padding=1, groups=4), (4, 6, 5))
+
+
 def test_odd_channels_cannot_be_halved() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Conv2d(3, 2, 1))
     with pytest.raises(fuse.FuseError, match="0: 3 channels cannot be halved; use variant='full'"):

@@ -45,7 +45,7 @@ def test_constant_step_weights(golden, tensor, bits):
     w = torch.from_numpy(golden[f"w.{tensor}.input"])
     prefix = f"w.{tensor}.b{bits}"
     value, step = constant_step(w, bits)
-    assert float(weight_step(w, bits)) == pytest.approx(float(golden[f"{prefix}.step"]), rel=1e-6)
+    assert float(weight_step(w, bits)) == pytest.approx(float(golden[f"{prefix}.step"]), rel=1e-6)  # float32 std of another build of torch
     assert np.array_equal((value / step).round().numpy(), golden[f"{prefix}.int"])
     near(value, golden[f"{prefix}.output"], 1e-6)
     if bits > 1:

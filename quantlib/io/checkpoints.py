@@ -70,8 +70,13 @@ def _tensor(key: str, value: Any) -> Tensor:
 
 
 def _read_torch(path: Path) -> Tensors:
+    return _state_dict(torch_content(path), path.name)
+
+
+def torch_content(path: Path) -> Any:
+    """What a torch.save file holds, on the CPU: tensors, numbers, text and containers of them. CheckpointError on anything else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next(
             (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "it is not a torch.save file"
@@ -84,7 +89,6 @@ def _read_torch(path: Path) -> Tensors:
         raise CheckpointError(
             f"{path.name} cannot be read as a torch.save file: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from None
-    return _state_dict(content, path.name)
 
 
 def _is_torch_file(path: Path) -> bool:

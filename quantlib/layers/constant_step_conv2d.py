@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from brevitas.nn import QuantConv2d
 from torch import nn
 
-from quantlib.layers._base import Example, Layer, brevitas_options
+from quantlib.layers._base import Example, Layer
+from quantlib.layers._weight_bits import WeightBitsConv2d
 from quantlib.layers.half_wave import HalfWave
 from quantlib.quantizers import ConstantStepWeight
 
 
-class ConstantStepConv2d(Layer, QuantConv2d):
+class ConstantStepConv2d(Layer, WeightBitsConv2d):
     """Convolution whose weights lie on a grid of a constant times their standard deviation; nothing of it is learned.
 
     Forward:   s = WEIGHT_STEPS[bits] * std(weight), q = clip(rne(weight / s), -2^(bits-1), 2^(bits-1) - 1); y = conv2d(x, q * s) (+ bias)
@@ -28,34 +26,7 @@ class ConstantStepConv2d(Layer, QuantConv2d):
     True
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = False,
-        *,
-        bits: int = 4,
-        **quant: Any,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            weight_quant=ConstantStepWeight,
-            weight_bit_width=bits,
-            **brevitas_options("ConstantStepConv2d", quant),
-        )
-        self.bits = bits
+    weights = ConstantStepWeight
 
     @staticmethod
     def examples() -> list[Example]:

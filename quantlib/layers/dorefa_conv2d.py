@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from brevitas.nn import QuantConv2d
 from torch import nn
 
-from quantlib.layers._base import Example, Layer, brevitas_options
+from quantlib.layers._base import Example, Layer
+from quantlib.layers._weight_bits import WeightBitsConv2d
 from quantlib.layers.dorefa_activation import DorefaActivation
 from quantlib.quantizers import DorefaWeight
 
 
-class DorefaConv2d(Layer, QuantConv2d):
+class DorefaConv2d(Layer, WeightBitsConv2d):
     """Convolution whose weights pass a tanh and lie on multiples of a power of two.
 
     Forward:   u = tanh(w) / max |tanh(w)|, h = 2^(bits-1), q = clip(rne(u * h), -h, h - 1); y = conv2d(x, q / h) (+ bias)
@@ -26,34 +24,7 @@ class DorefaConv2d(Layer, QuantConv2d):
     0.125
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = False,
-        *,
-        bits: int = 4,
-        **quant: Any,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            weight_quant=DorefaWeight,
-            weight_bit_width=bits,
-            **brevitas_options("DorefaConv2d", quant),
-        )
-        self.bits = bits
+    weights = DorefaWeight
 
     @staticmethod
     def examples() -> list[Example]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantlib._brevitas import value_of
+from quantlib._modules import replace_module
 from quantlib.layers import ImageFloor, TruncAvgPool
 from quantlib.search.candidates import activation_at, at_bits, rebind
 from quantlib.search.geometry import Geometry, SearchError, geometry, size_of
@@ -108,10 +109,10 @@ def supernet(
                     many = source not in kept
                     activations[source] = _mixed(module, candidates[1], source) if many else _width(module, source)
     for order, use in enumerate(u for u in uses if u.name in searched):
-        _replace(net, use.name, _composite(net.get_submodule(use.name), use, order, candidates, activations, share, input_bits))
+        replace_module(net, use.name, _composite(net.get_submodule(use.name), use, order, candidates, activations, share, input_bits))
     for source, mixed in activations.items():
         if isinstance(mixed, MixedActivation):
-            _replace(net, source, mixed)
+            replace_module(net, source, mixed)
     net.kept_layers = tuple(_kept(net, u, activations, input_bits) for u in uses if u.name not in searched and u.quantized)  # type: ignore[assignment]
     for module in net.modules():
         if isinstance(module, MixedActivation | MixedWeights):
@@ -296,15 +297,6 @@ def _kept(net: nn.Module, use: _Use, activations: Mapping[str, MixedActivation |
     return Kept(geometry(use.name, layer, use.in_size, use.out_size), int(layer.weight_quant.bit_width()), act)
 
 
-def _replace(net: nn.Module, name: str, new: nn.Module) -> None:
-    """Under every name that the old module has."""
-    old = net.get_submodule(name)
-    for path, module in list(net.named_modules(remove_duplicate=False)):
-        if module is old:
-            parent, _, last = path.rpartition(".")
-            setattr(net.get_submodule(parent), last, new)
-
-
 # Reading the result.
 
 
@@ -385,10 +377,10 @@ def fixed(net: nn.Module, bits: Bits | None = None) -> nn.Module:
             layer.input_quant = mixed.activation.candidates[place]
         if hasattr(layer, "bits"):
             layer.bits = width
-        _replace(plain, next(n for n, m in plain.named_modules() if m is mixed), layer)
+        replace_module(plain, next(n for n, m in plain.named_modules() if m is mixed), layer)
     for path, module in [(n, m) for n, m in plain.named_modules() if isinstance(m, MixedActivation)]:
         width = chosen.activations[path]
-        _replace(plain, path, module.candidates[_index(module.bits, width, path)])
+        replace_module(plain, path, module.candidates[_index(module.bits, width, path)])
     del plain.kept_layers
     return plain
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import quantlib as ql
 import zoo
-from quantlib.io.checkpoints import read
+from quantlib.io.checkpoints import read, torch_content
 from quantlib.io.mixq_export import MixqExportError, extract, write
 from quantlib.io.mixq_simulation import differences, simulate
 from quantlib.search import costs
@@ -165,8 +165,8 @@ def stated_bits(path: Path) -> tuple[str, str]:
         notes = facts["notes"] if "notes" in facts else facts["rows"][-1]["notes"] if facts["rows"] else {}
         return notes.get("bestw", notes.get("bitw", "")), notes.get("besta", notes.get("bita", ""))
     if path.suffix == ".pt":
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        extra, fixed = content.get("extra", {}), content.get("model_params", {})
+        content = torch_content(path)
+        extra, fixed = (content.get(k) or {} for k in ("extra", "model_params")) if isinstance(content, dict) else ({}, {})
         if "bestw" in extra:
             return str(extra["bestw"]), str(extra["besta"])
         return _digits(fixed.get("bitw", ())), _digits(fixed.get("bita", ()))

@@ -72,7 +72,7 @@ def test_one_norm_is_two_norms() -> None:
     y = layer(x)
     apart = torch.cat([rows(layer.rows[0](x[:, :3])), columns(layer.columns[0](x[:, 3:]))], 1)
     torch.testing.assert_close(both(y), apart, rtol=1e-12, atol=1e-12)  # one tensor or two: another order of summation
-    torch.testing.assert_close(both.running_var, torch.cat([rows.running_var, columns.running_var]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(both.running_var, torch.cat([rows.running_var, columns.running_var]), rtol=1e-12, atol=0)  # likewise
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The recipes of DiracDeltaNet and ShuffleNetV2: published arguments, whole in their smoke form, resumed, and honest about integers."""
 
-import importlib.util
 import json
 import os
 import re
@@ -21,18 +20,6 @@ from quantlib.training import CrossEntropy, Distillation, Epoch, load_teacher, r
 from quantlib.training.data import image_files, random_area
 from quantlib.training.smoke import digit_files
 from zoo.diracdeltanet import CLIP
-
-
-@pytest.fixture(scope="module")
-def recipe(root):
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", root / "recipes" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def parsed(module, *argv):

@@ -1,24 +1,11 @@
 """The FracBNN recipes: whole in their smoke form, resumed, and with the published settings as defaults."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def recipe(root):
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", root / "recipes" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def test_defaults_are_the_published_settings(recipe):

@@ -1,9 +1,7 @@
 """The DeepBurning-MixQ recipes: published settings and names, the flow in its smoke form, and what the two share."""
 
 import csv
-import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,22 +9,11 @@ import torch
 from torch import nn
 
 import zoo
+from quantlib.io.checkpoints import CheckpointError
 from quantlib.training import SGD, Cosine, CrossEntropy
 from quantlib.training.checkpoint import save_checkpoint
 from quantlib.training.mixq import ALPHAS, RESULT, Known, Priced, add_result, build, known, price_of, stated_bits, weights_file
 from quantlib.training.optim import split_parameters
-
-
-@pytest.fixture(scope="module")
-def recipe(root):
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", root / "recipes" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def test_published_settings_of_cifar(recipe):
@@ -51,6 +38,7 @@ def test_published_settings_of_detection(recipe):
         cosine = (1 + np.cos(np.pi * epoch / 200)) / 2 * 0.999 + 0.001
         rate = np.interp(epoch, [0, 4], [0.1, 0.02]) if epoch <= 4 else 0.02 * cosine
         momentum = np.interp(epoch, [0, 4], [0.9, 0.937])
+        # rates are factors of the first one here, and numbers of their own in the formula: another order of products and cosines
         assert bias.lr * bias.schedule.factor(epoch, 200) == pytest.approx(rate, rel=1e-12)
         assert 0.937 * bias.momentum_schedule.factor(epoch, 200) == pytest.approx(momentum, rel=1e-12)
         assert plan.schedule.factor(epoch, 200) == pytest.approx(cosine, rel=1e-12)
@@ -178,6 +166,7 @@ def test_detection_flow(recipe, tmp_path):
     flags = ["--smoke", out, "--name=net", "--mixm=mix", "--cpp-images=0", "--verify-images=2"]
     result = main(["train", *flags])
     assert (result["bitw"], result["bita"]) == (found["bestw"], found["besta"])
+    # the model in float32 and the integers decoded in float64 give boxes that differ by roundings
     assert result["verify"]["mismatches"] == 0 and result["IoU"]["model, test"] == pytest.approx(result["IoU"]["integers, test"], abs=1e-5)
     page = (tmp_path / "net" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and (tmp_path / "net" / "boxes.png").is_file()
@@ -186,6 +175,7 @@ def test_detection_flow(recipe, tmp_path):
         kinds = [row[0] for row in csv.reader(file)]
     assert kinds == ["mixed", "fixed"]
     tested = main(["test", "--smoke", out, "-w", "net", "-bs", "5", "--save-pic", "-v"])
+    # batches of another size: float32 sums in another order
     assert tested["IoU"] == pytest.approx(result["IoU"]["model, test"], abs=1e-6) and len(tested["pictures"]) == tested["images"] == 12
     assert len(list((tmp_path / "net" / "pictures").glob("*.png"))) == 12
     both = main(["simulate", "--smoke", out, "--name=net"])
@@ -244,3 +234,13 @@ def test_other_networks(recipe, tmp_path, name, flags):
     if "--bypass" in flags:
         both = recipe(name).main(["simulate", "--smoke", f"--out={tmp_path}", *flags])
         assert set(both) >= {"upstream", "corrected"}
+
+
+def test_bits_of_a_file_that_is_no_checkpoint(tmp_path):
+    """A damaged .pt says so by its name; one that holds something else states no bits."""
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(CheckpointError, match="cut.pt"):
+        stated_bits(tmp_path / "cut.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"extra": None, "model_params": {"bitw": [8, 2], "bita": [8, 3]}}, tmp_path / "fixed.pt")
+    assert stated_bits(tmp_path / "list.pt") == ("", "") and stated_bits(tmp_path / "fixed.pt") == ("82", "83")

@@ -1,6 +1,5 @@
 """The ProxylessNAS recipe: the published commands, tables and rules, and everything once in its smoke form."""
 
-import importlib.util
 import json
 import math
 import os
@@ -34,12 +33,8 @@ RATES = {  # by the table of both commands
 
 
 @pytest.fixture(scope="module")
-def recipe(root):
-    spec = importlib.util.spec_from_file_location("recipe_proxylessnas_imagenet", root / "recipes" / "proxylessnas_imagenet.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def recipe(recipe):
+    return recipe("proxylessnas_imagenet")
 
 
 @pytest.mark.parametrize("number", [1, 2])

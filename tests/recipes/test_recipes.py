@@ -1,6 +1,5 @@
 """The recipes in a tiny form: they run, agree with themselves, and write whole reports."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,18 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-
-
-@pytest.fixture(scope="module")
-def recipe(root):
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", root / "recipes" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 @pytest.mark.parametrize("name", ["quickstart", "evaluate", "benchmark"])

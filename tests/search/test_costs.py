@@ -116,12 +116,13 @@ def test_costs_with_sharp_shares_are_those_of_the_bits(kind: str) -> None:
         assert float(cost(net).detach()) == pytest.approx(cost.at(net), rel=1e-12)  # float64 sums in another order
     numbers = figures(net)
     for name in ("bitops", "bita", "bitw", "dsps"):
-        assert numbers[f"mix{name}"] == pytest.approx(numbers[name], rel=1e-12)
+        assert numbers[f"mix{name}"] == pytest.approx(numbers[name], rel=1e-12)  # likewise
 
 
 def test_a_sum_of_costs() -> None:
     net = supernet(nets.scaled(), input_shape=nets.SHAPE)
     both = costs.total(net, {costs.complexity: 2.0, costs.bram: 0.5})
+    # one float32 sum against two
     assert float(both.detach()) == pytest.approx(2 * float(costs.complexity(net).detach()) + 0.5 * float(costs.bram(net).detach()))
     assert float(costs.total(net, {})) == 0
 
@@ -137,7 +138,7 @@ def test_bit_operations_and_micronet_by_other_routes() -> None:
         assert costs.micronet.at(net, bits) == pytest.approx(score, rel=1e-12)  # exact integers on one side, floats on ours
         macs = {"1": 6 * 27 * 64, "4": 6 * 9 * 64, "9": 96 * 5}
         by_hand = sum(macs[n] * w * a for n, w, a in zip(bits.names, bits.weight_bits, bits.act_bits)) * 1e-6
-        assert costs.bit_operations.at(net, bits) == pytest.approx(by_hand, rel=1e-12)
+        assert costs.bit_operations.at(net, bits) == pytest.approx(by_hand, rel=1e-12)  # likewise
 
 
 def test_micronet_of_the_challenge_s_numbers() -> None:
@@ -193,11 +194,11 @@ def test_hardware_counts_every_layer_and_falls_with_the_bits() -> None:
     assert set(usage) == {"lut", "ff", "dsp", "bram18", "uram"}
     budget = part("xc7z020").budget()
     shares = {r: float(usage[r].detach()) / budget[r] for r in usage if budget[r]}
-    assert float(cost(net).detach()) == pytest.approx(max(shares.values()))
+    assert float(cost(net).detach()) == pytest.approx(max(shares.values()))  # divided in float32 and in float64
     cost(net).backward()
     assert all(m.alpha_weight.grad is not None for m in layers(net))
     alone = costs.hardware("xc7z020", fps=20_000, resource="dsp")
-    assert float(alone(net).detach()) == pytest.approx(shares["dsp"])
+    assert float(alone(net).detach()) == pytest.approx(shares["dsp"])  # likewise
 
     def at(bits: int) -> float:
         with torch.no_grad():

@@ -137,7 +137,7 @@ def test_composites_are_weighted_sums_of_the_candidates(kind: str, share: bool) 
         p = torch.softmax(act.alpha_activ, 0)
         y = x[:, :3] if act is next(m for m in net.modules() if isinstance(m, MixedActivation)) else x
         values = [getattr(v, "value", v) for v in (c(y) for c in act.candidates)]
-        assert torch.allclose(act(y), sum(s * v for s, v in zip(p, values)), rtol=1e-12, atol=1e-14)
+        assert torch.allclose(act(y), sum(s * v for s, v in zip(p, values)), rtol=1e-12, atol=1e-14)  # likewise
 
 
 @given(st.integers(0, 10_000), st.sampled_from(["2019", "brevitas"]), st.booleans(), st.booleans())
@@ -155,6 +155,7 @@ def test_fused_learned_scales_have_the_gradients_of_their_parts(seed: int, gradi
     assert isinstance(plain, torch.Tensor)
     assert torch.allclose(fused, plain, rtol=1e-12, atol=1e-12)  # the parts are added in another order
     for ours, theirs in zip(torch.autograd.grad(fused, inputs, dy), torch.autograd.grad(plain, inputs, dy)):
+        # sums over the whole tensor in another order, whose terms cancel
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -307,7 +308,7 @@ def test_branches_sums_and_concats_find_their_activations() -> None:
     assert by_name["left"].inputs == by_name["right"].inputs == (act,)
     assert by_name["joined"].inputs == by_name["added"].inputs == (left, right)
     widths, shares = by_name["joined"].input_shares()
-    assert widths == (2, 4, 2, 4) and shares.tolist() == pytest.approx([0.25] * 4)
+    assert widths == (2, 4, 2, 4) and shares.tolist() == [0.25] * 4
     assert read_bits(net).activations == {"act": 2, "left_act": 2, "right_act": 2}
     draw(net, 4, sharp=True).double().eval()
     x = images().double()

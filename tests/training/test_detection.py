@@ -91,7 +91,7 @@ def test_decode_by_hand():
         best_boxes(head, (32, 48)), torch.tensor([[40.0, 24.0, 40.0, 20.0, 0.5]]), rtol=1e-6, atol=0
     )  # exp in float32
     row = decode(head, (32, 48)).reshape(6, 2, 3, 6)[3, 1, 2]
-    torch.testing.assert_close(row[:4], torch.tensor([40.0, 24.0, 40.0, 20.0]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(row[:4], torch.tensor([40.0, 24.0, 40.0, 20.0]), rtol=1e-6, atol=0)  # likewise
     with pytest.raises(ValueError, match=r"\(N, 36, rows, columns\), got \(1, 35, 2, 3\)"):
         decode(head[:, :35], (32, 48))
 

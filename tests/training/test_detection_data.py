@@ -48,7 +48,7 @@ def test_official_layout(tmp_path):
         ["boat1", "000010.jpg"], ["boat1", "000014.jpg"], ["boat1", "000020.jpg"], ["car2", "5.jpg"],
     ]  # fmt: skip
     assert data.weights.tolist() == pytest.approx([0.5, 0.9, 1.5, 1.0], abs=1e-7)  # float32
-    assert torch.allclose(data.boxes, torch.tensor([128 / 640, 72 / 360, 128 / 640, 72 / 360]), rtol=0, atol=1e-7)
+    assert torch.allclose(data.boxes, torch.tensor([128 / 640, 72 / 360, 128 / 640, 72 / 360]), rtol=0, atol=1e-7)  # float32
     ((x, rows),) = data.read([torch.tensor([3, 0])], None, (0, 0))
     assert x.shape == (2, 3, *SIZE) and x.dtype == torch.float32
     assert rows[:, 0].tolist() == [0, 1] and rows[:, 1].tolist() == [0, 0] and torch.equal(rows[:, 6], data.weights[[3, 0]])

@@ -162,6 +162,7 @@ def test_a_rate_for_each_step_and_further_scores(tmp_path):
     assert seen == [0.5 * (1 - t / 5) for t in range(6)] and [r.lr for r in rows] == [0.5, 0.5 * (1 - 2 / 5), 0.5 * (1 - 4 / 5)]
     assert calls == [1, 2, 3] and [r.more["train top-5"] for r in rows] == [1.0] * 3  # there are two classes
     assert [round(r.more["train cross entropy"], 5) for r in rows] == [round(r.loss, 5) for r in rows]  # sums of float32 in other orders
+    # a mean of batches' float32 sums against one mean
     assert rows[-1].more["test cross entropy"] == pytest.approx(entropy(predictions(model, data), data.labels).mean().item(), rel=1e-6)
     header, *lines = (tmp_path / "log.csv").read_text().splitlines()
     assert header.endswith(",images,train top-5,train cross entropy,test top-5,test cross entropy") and len(lines) == 3

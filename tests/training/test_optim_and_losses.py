@@ -161,6 +161,7 @@ def test_label_refinery_golden(refinery, case):
     torch.testing.assert_close(double.double(), -(p * log_q).sum(1).mean(), rtol=1e-6, atol=0)  # the loss is computed in float32
     entropy = -(p * p.log()).sum(1).mean()
     divergence = Distillation(teacher)(student, labels, student)
+    # likewise in float32, and a difference of two numbers of one size
     torch.testing.assert_close(divergence.double(), double.double() - entropy, rtol=1e-5, atol=0)
 
 
