@@ -30,6 +30,11 @@ class Part:
     uram: int
     clock_mhz: float
 
+    @property
+    def slice(self) -> str:
+        """The DSP slice of the device's family, a name of `quantlib.packing.DSPS`."""
+        return "dsp48e1" if self.name.startswith("xc7") else "dsp58" if self.name.startswith("xcv") else "dsp48e2"
+
     def budget(self) -> dict[str, int]:
         """What a design may use: the device times USABLE, rounded down."""
         return {r: int(getattr(self, r) * USABLE[r]) for r in RESOURCES}

@@ -16,6 +16,7 @@ import numpy as np
 from quantlib.cost import Cost as Cost
 from quantlib.cost import bus_cycles, bus_lanes, converter, fifo
 from quantlib.ir import Graph, IntType, Node
+from quantlib.packing import DSPS
 from quantlib.parts import PARTS, RESOURCES, Part
 from quantlib.parts import part as find_part
 
@@ -34,15 +35,21 @@ class Folding:
     pe divides the first and simd the second number of `Op.folds`: the output channels, and the inputs that one of them reads per pixel (all
     of them in a Dense). Ops without weights work on pe channels per cycle and have simd = 1.
     memory: where the op's tables live ("auto" chooses LUTs or block RAM by size).
+    taps: window positions worked on per cycle, on top of simd: 1, a column of the window, or all of it.
+    packing: a slice of `quantlib.packing.DSPS` whose multiplier makes several products at once; "" makes each product by itself.
     """
 
     pe: int = 1
     simd: int = 1
     memory: str = "auto"
+    taps: int = 1
+    packing: str = ""
 
     def __post_init__(self) -> None:
-        if self.pe < 1 or self.simd < 1:
-            raise ValueError(f"pe = {self.pe} and simd = {self.simd} must be at least 1")
+        if self.pe < 1 or self.simd < 1 or self.taps < 1:
+            raise ValueError(f"pe = {self.pe}, simd = {self.simd} and taps = {self.taps} must be at least 1")
+        if self.packing and self.packing not in DSPS:
+            raise ValueError(f"packing {self.packing!r}: choose one of {', '.join(DSPS)}, or none")
         if self.memory not in MEMORY_STYLES:
             raise ValueError(f"memory style {self.memory!r}: choose one of {', '.join(MEMORY_STYLES)}")
 
