@@ -44,13 +44,20 @@ class Timing:
 
     cycles: per image in steady state (mean distance between images at the outputs; of one image alone, its latency); latency: first
     image, from the first input word to the last output word. iterations: stage -> loop iterations per image. marks: FIFO -> (most words
-    it ever held, its depth).
+    it ever held, its depth). ends: of each image, the cycle after its last output word.
     """
 
     cycles: float
     latency: int
     iterations: Mapping[str, float]
     marks: Mapping[str, tuple[int, int]]
+    ends: tuple[int, ...] = ()
+
+    @property
+    def steady(self) -> float:
+        """Cycles per image over the later half of the images, when the FIFOs have filled: start-up is left out. Needs two images."""
+        half = len(self.ends) // 2
+        return (self.ends[-1] - self.ends[half - 1]) / (len(self.ends) - half) if half else self.cycles
 
 
 @dataclass(eq=False)
@@ -120,7 +127,7 @@ class Project:
                 mark, depth, name = rest.split(" ", 2)
                 marks[name] = int(mark), int(depth)
         cycles = (times[-1] - times[0]) / (images - 1) if images > 1 else float(times[0])
-        self.last = Timing(cycles, times[0], iterations, marks)
+        self.last = Timing(cycles, times[0], iterations, marks, tuple(times))
 
     def _library(self, mode: int, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         if mode not in self._libraries:
