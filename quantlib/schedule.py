@@ -32,8 +32,8 @@ WORD_BITS = 1_024
 class Folding:
     """Lanes of one kernel: `pe` output channels and `simd` inputs of each are worked on per cycle.
 
-    pe divides the first and simd the second number of `Op.folds`: the output channels, and the inputs that one of them reads per pixel (all
-    of them in a Dense). Ops without weights work on pe channels per cycle and have simd = 1.
+    `Op.folds` says which are legal: pe divides the output channels, simd the inputs that one of them reads per pixel (all of them in a
+    Dense). Ops without weights work on pe channels per cycle and have simd = 1.
     memory: where the op's tables live ("auto" chooses LUTs or block RAM by size).
     taps: window positions worked on per cycle, on top of simd: 1, a column of the window, or all of it.
     packing: a slice of `quantlib.packing.DSPS` whose multiplier makes several products at once; "" makes each product by itself.
@@ -240,15 +240,10 @@ def _cycles_at(clock_mhz: float, fps: float) -> int:
 
 
 def check_folding(node: Node, x: Sequence[IntType], folding: Folding) -> None:
-    pe, simd = node.op.folds(x, node.type)
-    if pe % folding.pe or simd % folding.simd:
-        raise ValueError(
-            f"{node.name} ({type(node.op).__name__}): pe = {folding.pe} must divide {pe} and simd = {folding.simd} must divide {simd}"
-        )
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    """ValueError that names the node and what is legal, unless the folding is."""
+    fault = node.op.folds(x, node.type).objection(folding)
+    if fault:
+        raise ValueError(f"{node.name} ({type(node.op).__name__}): {fault}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,17 +257,16 @@ class _Options:
 
 def _options(graph: Graph, node: Node) -> _Options:
     x = graph.types(node)
-    pes, simds = node.op.folds(x, node.type)
     styles = ("lut", "bram", "uram") if hasattr(node.op, "weight") else ("auto",)
     found: list[tuple[Folding, Cost]] = []
-    for pe in _divisors(pes):
-        for simd in _divisors(simds):
-            if max(pe * node.type.bits, simd * max((t.bits for t in x), default=0)) > WORD_BITS and (pe, simd) != (1, 1):
-                continue
-            reads = _reads(node, x, Folding(pe, simd))
-            own = [(f, node.op.cost(x, node.type, f)) for f in (Folding(pe, simd, s) for s in styles)]
-            around = _streams(graph, node, reads, [BASE_DEPTH + _waiting(p, own[0][1].pause) for p in reads])
-            found += [(f, cost + around) for f, cost in own]
+    for pe, simd, taps in node.op.folds(x, node.type):
+        widest = max(pe * node.type.bits, simd * taps * max((t.bits for t in x), default=0))
+        if widest > WORD_BITS and (pe, simd, taps) != (1, 1, 1):
+            continue
+        reads = _reads(node, x, Folding(pe, simd, taps=taps))
+        own = [(f, node.op.cost(x, node.type, f)) for f in (Folding(pe, simd, s, taps) for s in styles)]
+        around = _streams(graph, node, reads, [BASE_DEPTH + _waiting(p, own[0][1].pause) for p in reads])
+        found += [(f, cost + around) for f, cost in own]
     cycles = np.array([c.cycles for _, c in found])
     usage = np.stack([_usage(c) for _, c in found])
     keep = _undominated(np.column_stack([cycles, usage]))

@@ -140,7 +140,9 @@ def test_structural_ops_carry_the_scale() -> None:
 
 
 KERNEL_CASES = [
-    _kernels.Case(f"{name}-{i}-pe{f.pe}-simd{f.simd}", *case(name, i), f) for name, i in CASES for f in _kernels.foldings(*case(name, i))
+    _kernels.Case(f"{name}-{i}-pe{f.pe}-simd{f.simd}-taps{f.taps}", *case(name, i), f)
+    for name, i in CASES
+    for f in _kernels.foldings(*case(name, i))
 ]
 BUILDS = {"fast": ("-DQL_MODE=0",), "timed": ("-DQL_MODE=2", "-DQL_SYNTHESIS_BODIES")}
 

@@ -121,29 +121,22 @@ def test_cycles_are_the_loop_iterations_of_the_kernels(name: str) -> None:
     """The cost formulas and the kernels' own counts were written apart; they agree for every example and every legal folding."""
     for op, types in Op.registry[name].examples():
         y = op.infer(*types)
-        pes, simds = op.folds(types, y)
-        for pe in (p for p in range(1, pes + 1) if pes % p == 0):
-            for simd in (s for s in range(1, simds + 1) if simds % s == 0):
-                folding = Folding(pe, simd)
-                assert op.cost(types, y, folding).cycles == op.hls(types, y, folding).iterations, folding
+        for pe, simd, taps in op.folds(types, y):
+            folding = Folding(pe, simd, taps=taps)
+            assert op.cost(types, y, folding).cycles == op.hls(types, y, folding).iterations, folding
 
 
 def test_more_lanes_never_cost_more_cycles_nor_fewer_lut() -> None:
     for name, kind in Op.registry.items():
         for op, types in kind.examples():
             y = op.infer(*types)
-            pes, simds = op.folds(types, y)
-            costs = {
-                (p, s): op.cost(types, y, Folding(p, s, "lut"))
-                for p in range(1, pes + 1) if pes % p == 0
-                for s in range(1, simds + 1) if simds % s == 0
-            }  # fmt: skip
-            for (p, s), c in costs.items():
+            costs = {lanes: op.cost(types, y, Folding(*lanes[:2], "lut", lanes[2])) for lanes in op.folds(types, y)}
+            for (p, s, t), c in costs.items():
                 assert all(isinstance(getattr(c, r), int) and getattr(c, r) >= 0 for r in RESOURCES) and 0 <= c.fill <= 1, name
                 assert c.cycles >= 1, name
-                for (p2, s2), c2 in costs.items():
-                    if p2 % p == 0 and s2 % s == 0:
-                        assert c2.cycles <= c.cycles, (name, p, s, p2, s2)
+                for (p2, s2, t2), c2 in costs.items():
+                    if p2 % p == 0 and s2 % s == 0 and t2 % t == 0:
+                        assert c2.cycles <= c.cycles, (name, p, s, t, p2, s2, t2)
 
 
 # Leaf formulas.
@@ -183,7 +176,7 @@ def test_cost_adds_resources_and_keeps_the_larger_time() -> None:
 def test_illegal_foldings() -> None:
     graph = small()
     conv = graph.by_name["conv"]
-    with pytest.raises(ValueError, match="conv .Conv2d.: pe = 3 must divide 4 and simd = 1 must divide 2"):
+    with pytest.raises(ValueError, match="conv .Conv2d.: pe = 3 must divide 4: choose 1, 2 or 4$"):
         check_folding(conv, graph.types(conv), Folding(3, 1))
     with pytest.raises(ValueError, match="must divide"):
         Schedule.of(graph, {"conv": Folding(1, 3)})
@@ -220,14 +213,8 @@ def every_schedule(graph: Graph) -> list[Schedule]:
     """All foldings of all nodes."""
     choices = []
     for node in graph:
-        pes, simds = node.op.folds(graph.types(node), node.type)
         styles = ("lut", "bram") if hasattr(node.op, "weight") else ("auto",)
-        choices.append([
-            Folding(p, s, m)
-            for p in range(1, pes + 1) if pes % p == 0
-            for s in range(1, simds + 1) if simds % s == 0
-            for m in styles
-        ])  # fmt: skip
+        choices.append([Folding(p, s, m, t) for p, s, t in node.op.folds(graph.types(node), node.type) for m in styles])
     names = [n.name for n in graph]
     return [Schedule.of(graph, dict(zip(names, c, strict=True))) for c in itertools.product(*choices)]
 
@@ -403,11 +390,12 @@ def mixed() -> Graph:
 
 def some_folding(graph: Graph, seed: int) -> dict[str, Folding]:
     rng = np.random.default_rng(seed)
-
-    def divisor(n: int) -> int:
-        return int(rng.choice([d for d in range(1, n + 1) if n % d == 0]))
-
-    return {n.name: Folding(*(divisor(k) for k in n.op.folds(graph.types(n), n.type))) for n in graph if n.inputs}
+    found = {}
+    for node in graph:
+        legal = list(node.op.folds(graph.types(node), node.type))
+        pe, simd, taps = legal[rng.integers(len(legal))]
+        found[node.name] = Folding(pe, simd, taps=taps)
+    return found
 
 
 def inverted(blocks: int = 2) -> tuple[Graph, dict[str, Folding]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantlib.cost import Cost, loop
 from quantlib.hls.call import Call, Kernel, divides, pixels, port
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Op, expect
+from quantlib.ops._base import Example, Folds, Op, expect
 from quantlib.ops._lattice import carry_scale, lattice, stride_of
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ class Concat(Op):
     def magnitude(self, *x: IntType) -> int:
         return max(t.magnitude for t in x)
 
-    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
-        return math.gcd(*(t.shape[0] for t in x)), 1
+    def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
+        return Folds(math.gcd(*(t.shape[0] for t in x)))
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """pe channels per cycle, pe dividing every input's channels: H*W * (sum C_i)/pe iterations per image."""
-        pe, places = divides(self, "pe", folding.pe, self.folds(x, y)[0]), pixels(y)
+        pe, places = divides(self, "pe", folding.pe, self.folds(x, y).pe), pixels(y)
         parts = [t.shape[0] // pe for t in x]
 
         def demand() -> tuple[np.ndarray, ...]:

@@ -10,11 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, mac, memory, window, words
-from quantlib.hls.call import Call, Kernel, Table, carrier, divides, port
+from quantlib.hls.call import Call, Kernel, Table, carrier, port
 from quantlib.hls.matvec import fold_weight, matvec
 from quantlib.hls.window import Window
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Op, constant, expect
+from quantlib.ops._base import Example, Folds, Op, constant, expect
 from quantlib.ops._lattice import lattice, stride_of, tensor_scale
 from quantlib.ops._window import check_window, conv2d, out_shape, pair, quad
 
@@ -75,8 +75,8 @@ class Conv2d(Op):
         """Every channel is a group of its own with one output."""
         return self.weight.shape[1] == 1 and self.weight.shape[0] == self.groups
 
-    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
-        return (self.groups, 1) if self.depthwise else (self.weight.shape[0] // self.groups, self.weight.shape[1])
+    def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
+        return Folds(self.groups) if self.depthwise else Folds(self.weight.shape[0] // self.groups, self.weight.shape[1])
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """Window, then pe outputs x simd inputs per cycle: OH*OW * (O/pe) * (kh*kw*(I/groups)/simd) iterations per image; pe divides
@@ -86,8 +86,7 @@ class Conv2d(Op):
         has no window.
         """
         o, per_group, kh, kw = self.weight.shape
-        limits = self.folds(x, y)
-        pe, simd = divides(self, "pe", folding.pe, limits[0]), divides(self, "simd", folding.simd, limits[1])
+        pe, simd = self.legal(x, y, folding).pe, folding.simd
         lanes, groups = (pe, o // pe) if self.depthwise else (simd, self.groups)
         window = Window(x[0], lanes, groups, (kh, kw), self.stride, self.padding, self.dilation, y.shape[1:])
         taps, places, number = kh * kw, y.shape[1] * y.shape[2], carrier(self.magnitude(*x))

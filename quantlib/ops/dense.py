@@ -10,10 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, mac, memory, words
-from quantlib.hls.call import Call, Table, carrier, divides, port, stream_order
+from quantlib.hls.call import Call, Table, carrier, port, stream_order
 from quantlib.hls.matvec import matvec
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Op, constant, expect
+from quantlib.ops._base import Example, Folds, Op, constant, expect
 from quantlib.ops.conv2d import sum_type
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ class Dense(Op):
     def magnitude(self, *x: IntType) -> int:
         return max(int(np.abs(self.weight).sum(1).max()) * x[0].magnitude, int(np.abs(self.weight).max()), x[0].magnitude)
 
-    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
-        return self.weight.shape
+    def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
+        return Folds(*self.weight.shape)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """pe outputs x simd inputs per cycle, inputs in stream order (H, W, C): (O/pe) * (K/simd) iterations; pe divides O, simd K."""
         o, k = self.weight.shape
-        pe, simd = divides(self, "pe", folding.pe, o), divides(self, "simd", folding.simd, k)
+        pe, simd = self.legal(x, y, folding).pe, folding.simd
 
         def weight() -> np.ndarray:
             columns = self.weight[:, stream_order(np.arange(k).reshape(x[0].shape))]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from quantlib.cost import Cost, adder, compare, loop, memory, table, window, words, xnor_popcount
-from quantlib.hls.call import Call, Table, carrier, divides, port
+from quantlib.hls.call import Call, Table, carrier, port
 from quantlib.hls.matvec import fold_weight, matvec
 from quantlib.hls.window import Window
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Op, constant, expect, floor_shift, per_channel
+from quantlib.ops._base import Example, Folds, Op, constant, expect, floor_shift, per_channel
 from quantlib.ops._lattice import tensor_scale
 from quantlib.ops._window import check_window, conv2d, out_shape, pair, quad
 
@@ -125,14 +125,13 @@ class FractionalConv2d(Op):
     def magnitude(self, *x: IntType) -> int:
         return max(3 * self.taps, int(np.abs(self.gate).max()), 0 if self.merge is None else self.merge.magnitude(self.taps))
 
-    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
-        return self.weight.shape[0] // self.groups, self.weight.shape[1]
+    def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
+        return Folds(self.weight.shape[0] // self.groups, self.weight.shape[1])
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """As Conv2d: OH*OW * (O/pe) * (kh*kw*(I/groups)/simd) iterations per image; pe divides O/groups, simd I/groups."""
         o, per_group, kh, kw = self.weight.shape
-        limits = self.folds(x, y)
-        pe, simd = divides(self, "pe", folding.pe, limits[0]), divides(self, "simd", folding.simd, limits[1])
+        pe, simd = self.legal(x, y, folding).pe, folding.simd
         window = Window(x[0], simd, self.groups, (kh, kw), self.stride, self.padding, (1, 1), y.shape[1:])
         tables = (
             Table("weight", lambda: fold_weight(self.weight, self.groups, pe, simd)),

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantlib.cost import Cost, bus_cycles
 from quantlib.hls.call import Call
 from quantlib.ir import GraphError, IntType
-from quantlib.ops._base import Example, Op, expect
+from quantlib.ops._base import Example, Folds, Op, expect
 
 if TYPE_CHECKING:
     from quantlib.schedule import Folding
@@ -43,8 +43,8 @@ class Input(Op):
     def magnitude(self, *x: IntType) -> int:
         return max(abs(self.lo), abs(self.hi))
 
-    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
-        return 1, 1
+    def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
+        return Folds(1)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """No kernel: the writer feeds the stream from the bus."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantlib.cost import Cost, loop
 from quantlib.hls.call import Call, Kernel, divides, port
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Op, expect
+from quantlib.ops._base import Example, Folds, Op, expect
 from quantlib.ops._lattice import lattice, stride_of, tensor_scale
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ class Pad(Op):
     def magnitude(self, *x: IntType) -> int:
         return x[0].magnitude
 
-    def folds(self, x: Sequence[IntType], y: IntType) -> tuple[int, int]:
-        return math.gcd(x[0].shape[0], self.before[0], self.after[0]), 1
+    def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
+        return Folds(math.gcd(x[0].shape[0], self.before[0], self.after[0]))
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """pe channels per cycle of the output, pe dividing the channels and the zero channels: OH*OW*C'/pe iterations per image."""
-        pe = divides(self, "pe", folding.pe, self.folds(x, y)[0])
+        pe = divides(self, "pe", folding.pe, self.folds(x, y).pe)
         (c, h, w), (_, oh, ow) = x[0].shape, y.shape
         before, parts, after = self.before[0] // pe, c // pe, self.after[0] // pe
 

@@ -206,16 +206,14 @@ def _cheapest(layer: Geometry, w: int, a: int, device: Part, cycles: int) -> tup
     y = IntType((layer.out_channels, *layer.out_size) if not layer.linear else (layer.out_channels,), ends[0], max(ends[1], 1))
     budget = np.array([max(float(v), 1e-9) for v in device.budget().values()])
     best: tuple[tuple[Any, ...], Folding, tuple[int, ...], int] | None = None
-    pes, simds = op.folds((x,), y)
-    for pe in (d for d in range(1, pes + 1) if pes % d == 0):
-        for simd in (d for d in range(1, simds + 1) if simds % d == 0):
-            folding = Folding(pe, simd)
-            cost = op.cost((x,), y, folding)
-            taken = tuple(int(getattr(cost, r)) for r in RESOURCES)
-            late = max(cost.cycles - cycles, 0)
-            key = (late, float((np.array(taken) / budget).sum()), pe, simd)
-            if best is None or key < best[0]:
-                best = key, folding, taken, cost.cycles
+    for pe, simd, lanes in op.folds((x,), y):
+        folding = Folding(pe, simd, taps=lanes)
+        cost = op.cost((x,), y, folding)
+        taken = tuple(int(getattr(cost, r)) for r in RESOURCES)
+        late = max(cost.cycles - cycles, 0)
+        key = (late, float((np.array(taken) / budget).sum()), pe, simd, lanes)
+        if best is None or key < best[0]:
+            best = key, folding, taken, cost.cycles
     assert best is not None, "one lane is a folding of every layer"
     return best[1:]
 

@@ -35,14 +35,17 @@ class Case:
 
 
 def foldings(op: Op, types: tuple[IntType, ...]) -> list[Folding]:
-    """Two or three legal foldings: one lane, all lanes, and one in between where there is one."""
-    p, s = op.folds(types, op.infer(*types))
+    """A few legal foldings: one lane, all lanes, and one in between where there is one, with every number of taps among them."""
+    limits = op.folds(types, op.infer(*types))
+    p, s = limits.pe, limits.simd
 
     def middle(n: int) -> int:
         inner = [d for d in range(2, n) if n % d == 0]
         return inner[len(inner) // 2] if inner else n
 
-    return list(dict.fromkeys([Folding(1, middle(s)), Folding(p, s), Folding(middle(p), 1)]))
+    some = [Folding(1, middle(s)), Folding(p, s), Folding(middle(p), 1)]
+    more = [Folding(*lanes, taps=t) for t, lanes in zip(limits.taps[1:], ((middle(p), s), (1, middle(s))))]
+    return list(dict.fromkeys([*some, *more]))
 
 
 def source(case: Case, number: int, folder: Path) -> str:
