@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from brevitas.inject import ExtendedInjector
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from quantlib.quantizers.functions import in_float32
-from quantlib.quantizers.injectors import Quantized, _TensorQuant
+from quantlib.quantizers.injectors import Quantized, RoundsToNearest, _TensorQuant
 
 WEIGHT_STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.336, 5: 0.190, 6: 0.106, 7: 0.059, 8: 0.032}  # bits -> step of a unit normal
 HALF_WAVE_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185, 5: 0.104, 6: 0.058, 7: 0.033, 8: 0.019}  # bits -> step of an activation
@@ -177,7 +176,7 @@ class HalfWaveQuant(_TensorQuant):
         return value, constant(HALF_WAVE_STEPS[self.bits], value), self.zero_point, self.bit_width
 
 
-class ConstantStepWeight(ExtendedInjector):
+class ConstantStepWeight(RoundsToNearest):
     """Signed weights per tensor: `constant_step`, `bit_width` 4 unless given; codes -2^(b-1)..2^(b-1) - 1, zero point 0."""
 
     proxy_class = WeightQuantProxyFromInjector
@@ -187,7 +186,7 @@ class ConstantStepWeight(ExtendedInjector):
     narrow_range = False
 
 
-class HalfWaveAct(ExtendedInjector):
+class HalfWaveAct(RoundsToNearest):
     """Unsigned activation with a constant step: `half_wave`, `bit_width` 4 unless given; codes 0..2^b - 1, zero point 0."""
 
     proxy_class = ActQuantProxyFromInjector

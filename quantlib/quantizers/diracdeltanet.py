@@ -12,14 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from brevitas.inject import ExtendedInjector
 from brevitas.proxy import BiasQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from quantlib.quantizers.functions import in_float32
-from quantlib.quantizers.injectors import OwnScaleProxy, Quantized, _TensorQuant
+from quantlib.quantizers.injectors import OwnScaleProxy, Quantized, RoundsToNearest, _TensorQuant
 
 REAL = 32  # "32 bits" means: not rounded
 
@@ -115,7 +114,7 @@ class TanhClassifierQuant(_TensorQuant):
         return value, scale, self.zero_point, self.bit_width
 
 
-class TanhWeight(ExtendedInjector):
+class TanhWeight(RoundsToNearest):
     """`tanh_weight`: scale 2^(1-bits), zero point 0; `weight_bit_width` 8 and `weight_tanh_signs` False unless given."""
 
     proxy_class = WeightQuantProxyFromInjector
@@ -126,7 +125,7 @@ class TanhWeight(ExtendedInjector):
     tanh_signs = False
 
 
-class TanhClassifierWeight(ExtendedInjector):
+class TanhClassifierWeight(RoundsToNearest):
     """`tanh_classifier`: scale 1 / (2^bits - 1), zero point 1 with `weight_code_offset` (True unless given), `weight_bit_width` 8."""
 
     proxy_class = WeightQuantProxyFromInjector
@@ -227,7 +226,7 @@ class DividedClipQuant(_TensorQuant):
         return x * (self.range / self.scale_coef.abs())
 
 
-class UintActDividedClip(ExtendedInjector):
+class UintActDividedClip(RoundsToNearest):
     """`divided_clip`: scale R / (2^bits - 1), zero point 0.
 
     Options of the layer: bit_width (8 unless given; 32 rounds nothing), output_range R (2), clip_init (2), the first scale_coef.

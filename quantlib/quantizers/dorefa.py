@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from brevitas.inject import ExtendedInjector
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import Tensor
 from torch.autograd import Function
@@ -16,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from quantlib.quantizers.constant_steps import REAL, constant
 from quantlib.quantizers.functions import in_float32
-from quantlib.quantizers.injectors import Quantized, _TensorQuant
+from quantlib.quantizers.injectors import Quantized, RoundsToNearest, _TensorQuant
 
 
 def _width(bits: int, lowest: int, what: str) -> int:
@@ -132,7 +131,7 @@ class DorefaActQuant(_TensorQuant):
         return value, constant(2.0**-self.bits, value), self.zero_point, self.bit_width
 
 
-class DorefaWeight(ExtendedInjector):
+class DorefaWeight(RoundsToNearest):
     """Signed weights per tensor with scale 2^(1-b): `dorefa_weight`, `bit_width` 4 unless given."""
 
     proxy_class = WeightQuantProxyFromInjector
@@ -142,7 +141,7 @@ class DorefaWeight(ExtendedInjector):
     narrow_range = False
 
 
-class DorefaAct(ExtendedInjector):
+class DorefaAct(RoundsToNearest):
     """Unsigned activation with scale 2^-b: `dorefa_activation`, `bit_width` 4 unless given."""
 
     proxy_class = ActQuantProxyFromInjector

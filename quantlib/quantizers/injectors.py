@@ -17,7 +17,7 @@ from brevitas import config
 from brevitas.core.function_wrapper import Identity
 from brevitas.core.restrict_val import FloatRestrictValue
 from brevitas.inject import ExtendedInjector
-from brevitas.inject.enum import RestrictValueType, ScalingPerOutputType
+from brevitas.inject.enum import FloatToIntImplType, RestrictValueType, ScalingPerOutputType
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from brevitas.quant import (
     Int8ActPerTensorFloatMinMaxInit,
@@ -127,8 +127,39 @@ class OwnScaleProxy(ActQuantProxyFromInjector):
         self.quant_injector = self.quant_injector.let(proxy_module=self)
         super().init_tensor_quant()
 
+    @property
+    def export_handler(self) -> nn.Module | None:
+        """The handler of the running export. Brevitas finds handlers by exact type; its exporters learn of this one when they ask."""
+        if config._ONGOING_EXPORT is not None:
+            _known_to_exporters(type(self))
+        return self._modules.get("export_handler")
 
-class BinaryWeight(ExtendedInjector):
+    @export_handler.setter
+    def export_handler(self, none: None) -> None:
+        """A handler is a module and goes by nn.Module; what comes here is the None of the constructor."""
+
+
+def _known_to_exporters(proxy: type[ActQuantProxyFromInjector]) -> None:
+    """Every handler of ActQuantProxyFromInjector in Brevitas' exporters handles `proxy` too."""
+    from brevitas.export.common.handler.base import BaseHandler
+
+    waiting: list[type] = [BaseHandler]
+    while waiting:
+        handler = waiting.pop()
+        waiting += handler.__subclasses__()
+        handled = getattr(handler, "handled_layer", None)
+        kinds = handled if isinstance(handled, tuple) else (handled,)
+        if ActQuantProxyFromInjector in kinds and proxy not in kinds:
+            handler.handled_layer = (*kinds, proxy)  # type: ignore[attr-defined]
+
+
+class RoundsToNearest(ExtendedInjector):
+    """An injector from nothing; what Brevitas' exporters ask of it besides `signed` and `narrow_range`."""
+
+    float_to_int_impl_type = FloatToIntImplType.ROUND
+
+
+class BinaryWeight(RoundsToNearest):
     """Weights in {-1, +1}: `binary_sign` with sign_clip = 1.3 and sign_of_zero = 0; scale 1, zero point 0, 1 bit."""
 
     proxy_class = WeightQuantProxyFromInjector
@@ -158,7 +189,7 @@ class NarrowIntWeightPerTensorMaxAbs(Int8WeightPerTensorFloat):
     scaling_min_val = 2e-16
 
 
-class QuantSignAct(ExtendedInjector):
+class QuantSignAct(RoundsToNearest):
     """k-bit symmetric activation without zero: `quant_sign`, `bit_width` 2 unless given.
 
     scale = 2 / (2^k - 1), zero_point = (2^k - 1) / 2: value = scale * (code - zero_point) with codes 0..2^k - 1.
