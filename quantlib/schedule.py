@@ -198,14 +198,17 @@ def estimate(
     *,
     clock_mhz: float | None = None,
     schedule: Schedule | None = None,
+    fixed: Mapping[str, Folding] | None = None,
 ) -> Plan:
     """The folding of every node that makes `graph` fast on `part`, and what it costs.
 
     Without fps: the fewest cycles per image whose layout keeps within the part's budget. With fps: the least resources that reach
-    clock / fps cycles. A schedule of your own is only costed. Where nothing fits, the plan is the nearest one found, `fits` is False and
-    `missing` says what is lacking. Cheap means a small sum of shares of the budget; where one resource runs short its share weighs more.
+    clock / fps cycles. The nodes that `fixed` names get those foldings, the rest is chosen; a schedule of your own is only costed. Where
+    nothing fits, the plan is the nearest one found, `fits` is False and `missing` says what is lacking. Cheap means a small sum of shares
+    of the budget; where one resource runs short its share weighs more.
 
-    Raises LookupError for an unknown part, ValueError for fps or clock_mhz that are not positive and for an illegal folding.
+    Raises LookupError for an unknown part, KeyError for a node that `fixed` names and the graph has not, ValueError for fps or clock_mhz
+    that are not positive and for an illegal folding.
     """
     device = find_part(part)
     clock = device.clock_mhz if clock_mhz is None else clock_mhz
@@ -216,7 +219,10 @@ def estimate(
         plan = _plan(graph, device, clock, fps, schedule, None)
         holds = [p.name for p in PARTS if all(getattr(plan.total, r) <= p.budget()[r] for r in RESOURCES)]
         return plan if plan.fits or "fps" in plan.missing or not holds else _plan(graph, device, clock, fps, schedule, holds[0])
-    options = [_options(graph, n) for n in graph]
+    for name in fixed or {}:
+        if name not in graph.by_name:
+            raise KeyError(f"the graph {graph.name} has no node {name}")
+    options = [_options(graph, n, (fixed or {}).get(n.name)) for n in graph]
     target = None if fps is None else _cycles_at(clock, fps)
     chosen = _solve(graph, options, device, target)
     plan = _plan(graph, device, clock, fps, chosen, None)
@@ -225,8 +231,8 @@ def estimate(
     for other in PARTS:
         if all(other.budget()[r] <= device.budget()[r] for r in RESOURCES):
             continue
-        trial = _plan(graph, other, clock, fps, _solve(graph, options, other, target, any_speed=fps is None), None)
-        if trial.fits:
+        trial = _solve(graph, options, other, target, any_speed=fps is None)
+        if not _missing(sum(_costs(graph, trial), Cost()), other, clock, fps):
             return _plan(graph, device, clock, fps, chosen, other.name)
     return plan
 
@@ -255,22 +261,28 @@ class _Options:
     usage: np.ndarray  # (options, resources)
 
 
-def _options(graph: Graph, node: Node) -> _Options:
+def _options(graph: Graph, node: Node, fixed: Folding | None = None) -> _Options:
     x = graph.types(node)
-    styles = ("lut", "bram", "uram") if hasattr(node.op, "weight") else ("auto",)
     found: list[tuple[Folding, Cost]] = []
-    for pe, simd, taps in node.op.folds(x, node.type):
-        widest = max(pe * node.type.bits, simd * taps * max((t.bits for t in x), default=0))
-        if widest > WORD_BITS and (pe, simd, taps) != (1, 1, 1):
-            continue
-        reads = _reads(node, x, Folding(pe, simd, taps=taps))
-        own = [(f, node.op.cost(x, node.type, f)) for f in (Folding(pe, simd, s, taps) for s in styles)]
+    for styled in _foldings(node, x) if fixed is None else [[fixed]]:
+        check_folding(node, x, styled[0])
+        reads = _reads(node, x, styled[0])
+        own = [(f, node.op.cost(x, node.type, f)) for f in styled]
         around = _streams(graph, node, reads, [BASE_DEPTH + _waiting(p, own[0][1].pause) for p in reads])
         found += [(f, cost + around) for f, cost in own]
     cycles = np.array([c.cycles for _, c in found])
     usage = np.stack([_usage(c) for _, c in found])
     keep = _undominated(np.column_stack([cycles, usage]))
     return _Options([found[i][0] for i in keep], cycles[keep], usage[keep])
+
+
+def _foldings(node: Node, x: Sequence[IntType]) -> Iterator[list[Folding]]:
+    """Every folding whose words are not too wide, in all memory styles."""
+    styles = ("lut", "bram", "uram") if hasattr(node.op, "weight") else ("auto",)
+    for pe, simd, taps in node.op.folds(x, node.type):
+        widest = max(pe * node.type.bits, simd * taps * max((t.bits for t in x), default=0))
+        if widest <= WORD_BITS or (pe, simd, taps) == (1, 1, 1):
+            yield [Folding(pe, simd, style, taps) for style in styles]
 
 
 def _undominated(points: np.ndarray) -> list[int]:
@@ -291,7 +303,7 @@ def _solve(graph: Graph, options: list[_Options], device: Part, target: int | No
     for _ in range(4):  # what the FIFOs between branches take depends on the folding: leave room for it and choose again
         picked = _choose(options, np.maximum(budget - deep, 0), target, any_speed)
         schedule = Schedule.of(graph, {n.name: o.foldings[i] for n, o, i in zip(graph, options, picked, strict=True)})
-        total = _usage(sum((c for _, c in _costs(graph, schedule)), Cost()))
+        total = _usage(sum(_costs(graph, schedule), Cost()))
         extra = total - sum((o.usage[i] for o, i in zip(options, picked, strict=True)), np.zeros(len(RESOURCES)))
         if (total <= budget).all() or (extra <= deep).all():
             break
@@ -442,30 +454,33 @@ def _streams(graph: Graph, node: Node, reads: Sequence[Port], depths: Sequence[i
     return total
 
 
-def _costs(graph: Graph, schedule: Schedule) -> Iterator[tuple[Cost, Cost]]:
-    """For each node its own cost, and that with the streams in front of it."""
+def _costs(graph: Graph, schedule: Schedule) -> Iterator[Cost]:
+    """For each node its cost with the streams in front of it."""
     for node in graph:
-        stage = schedule[node.name]
-        x = graph.types(node)
-        own = node.op.cost(x, node.type, stage.folding)
-        yield own, own + _streams(graph, node, _reads(node, x, stage.folding), stage.depths)
+        stage, x = schedule[node.name], graph.types(node)
+        around = _streams(graph, node, _reads(node, x, stage.folding), stage.depths)
+        yield node.op.cost(x, node.type, stage.folding) + around
 
 
 def _plan(graph: Graph, device: Part, clock: float, fps: float | None, schedule: Schedule, smallest: str | None) -> Plan:
-    rows, total = [], Cost()
-    start: dict[str, float] = {}
-    finish: dict[str, float] = {}
-    for node, (own, cost) in zip(graph, _costs(graph, schedule), strict=True):
-        stage = schedule[node.name]
-        rows.append(Row(node.name, type(node.op).__name__, stage.folding, stage.depths, cost))
-        total += cost
-        start[node.name] = max((start[i] + own.fill * (finish[i] - start[i]) for i in node.inputs), default=0.0)
-        finish[node.name] = max([start[node.name] + own.cycles, *(finish[i] for i in node.inputs)])
+    from quantlib.hls.latency import first_image
+    from quantlib.hls.netlist import build
+
+    costs = list(_costs(graph, schedule))
+    rows = tuple(Row(n.name, type(n.op).__name__, schedule[n.name].folding, schedule[n.name].depths, c) for n, c in zip(graph, costs))
+    total = sum(costs, Cost())
     slowest = max(rows, key=lambda r: r.cost.cycles)
+    missing = _missing(total, device, clock, fps)
+    stages = schedule.items()
+    latency = first_image(build(graph, {name: s.folding for name, s in stages}, {name: s.depths for name, s in stages}))
+    return Plan(graph.name, device, clock, schedule, rows, total, total.cycles, latency, slowest.name, fps, missing,
+                smallest or (device.name if not missing else None))  # fmt: skip
+
+
+def _missing(total: Cost, device: Part, clock: float, fps: float | None) -> dict[str, float]:
+    """What is lacking of a device and of a frame rate."""
     budget = device.budget()
     missing: dict[str, float] = {r: getattr(total, r) - budget[r] for r in RESOURCES if getattr(total, r) > budget[r]}
-    if fps is not None and slowest.cost.cycles > _cycles_at(clock, fps):
-        missing["fps"] = fps - clock * 1e6 / slowest.cost.cycles
-    latency = ceil(max(finish[o] for o in graph.outputs))
-    return Plan(graph.name, device, clock, schedule, tuple(rows), total, slowest.cost.cycles, latency, slowest.name, fps, missing,
-                smallest or (device.name if not missing else None))  # fmt: skip
+    if fps is not None and total.cycles > _cycles_at(clock, fps):
+        missing["fps"] = fps - clock * 1e6 / total.cycles
+    return missing

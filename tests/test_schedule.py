@@ -344,6 +344,18 @@ def test_the_plan_reads_well_and_goes_through_json() -> None:
     assert again["rows"][1]["folding"]["pe"] == plan.rows[1].folding.pe
 
 
+def test_fixed_foldings_stay_and_the_rest_is_chosen() -> None:
+    graph = small()
+    free, fixed = estimate(graph), estimate(graph, fixed={"conv": Folding(2, 1)})
+    assert fixed.schedule["conv"].folding == Folding(2, 1) and fixed.bottleneck == "conv"
+    assert fixed.cycles == 6 * 6 * (4 // 2) * 9 * 2 > free.cycles
+    assert fixed.total.lut < free.total.lut  # nothing else is made faster than the layer that is waited for
+    with pytest.raises(KeyError, match="no node nothing"):
+        estimate(graph, fixed={"nothing": Folding()})
+    with pytest.raises(ValueError, match="conv .Conv2d.: pe = 3 must divide 4: choose 1, 2 or 4"):
+        estimate(graph, fixed={"conv": Folding(3)})
+
+
 def test_totals_are_the_sum_of_the_rows() -> None:
     plan = estimate(residual(4, 8, 2), "xczu3eg")
     for r in RESOURCES:
@@ -438,7 +450,7 @@ TIMED = [
 def test_the_simulated_clock_agrees(name: str, seed: int | None, tmp_path: Path) -> None:
     """Cycles per image in steady state, on FIFOs of the plan's depths, are the slowest stage's, or 1 % more where equally slow ones meet.
 
-    Latency, which the plan only interpolates, is within a quarter.
+    Latency is within 3 %: the plan takes a stage to spread its words evenly over its iterations.
     """
     graph = {"mixed": mixed, "small": small, "residual": lambda: residual(4, 12, 3), "inverted": lambda: inverted()[0]}[name]()
     folding = inverted()[1] if name == "inverted" else some_folding(graph, seed or 0)
@@ -452,7 +464,7 @@ def test_the_simulated_clock_agrees(name: str, seed: int | None, tmp_path: Path)
         want = run(graph, images[:count], integers=True)
         assert all(torch.equal(got[k], want[k]) for k in want)
         assert project.last is not None
-        assert abs(project.last.latency - plan.latency) <= 0.25 * project.last.latency
+        assert abs(project.last.latency - plan.latency) <= 0.03 * project.last.latency
         return project.last.latency + project.last.cycles * (count - 1)
 
     steady = (last_word(12) - last_word(6)) / 6  # after six images every FIFO has filled as far as it will
