@@ -42,7 +42,7 @@ class Stage:
     iterations: int
     demand: Callable[[], tuple[Array, ...]]
     tables: tuple[tuple[str, Table], ...] = ()
-    memory: str = "auto"
+    folding: Folding = Folding()
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class _Builder:
 
     def chain(self, node: str, call: Call, inputs: list[Wire]) -> Wire:
         name = self.identifier(node)
-        memory, ends = self.foldings.get(node, Folding()).memory, inputs
+        folding, ends = self.foldings.get(node, Folding()), inputs
         for i, kernel in enumerate(call.kernels):
             ins = [
                 self.convert(v, p.lanes, f"{node}_in{k}" if i == 0 else f"{node}_mid{i}", node)
@@ -185,7 +185,7 @@ class _Builder:
             stage = self.identifier(f"{node}_{kernel.label}" if kernel.label else f"{node}_stage")
             tables = tuple((f"{name}_{t.name}", t) for t in kernel.tables)
             shape = (kernel.header, kernel.function, kernel.args, tuple(ins), (w,), kernel.iterations, kernel.demand)
-            self.net.stages.append(Stage(stage, node, *shape, tables, memory))
+            self.net.stages.append(Stage(stage, node, *shape, tables, folding))
             ends = [w]
         return ends[0]
 

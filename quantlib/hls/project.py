@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "quantlib_project.json"
 MODES = {"fast": 0, "fifo": 1, "timed": 2}
-FLAGS = ("-std=c++14", "-O2", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
+FLAGS = ("-std=c++14", "-O2", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-unknown-pragmas")
 GOLDEN_IMAGES = 2
 
 

@@ -1,4 +1,4 @@
-"""The only place that makes C++ text: a netlist becomes the files of a project (path -> content), nothing is written here."""
+"""A netlist becomes the files of a project (path -> content); nothing is written here. `network.py` makes the text of src/network.hpp."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from string import Template
 
 import numpy as np
 
+from quantlib.hls import boards
 from quantlib.hls.call import Table, hw
-from quantlib.hls.netlist import Netlist, Pin, Stage
+from quantlib.hls.netlist import Netlist, Pin
+from quantlib.hls.network import network, plain, stream_type, template
+from quantlib.hls.network import stage_line as stage_line
+from quantlib.hls.network import word as word
 from quantlib.ir import Graph, IntType
 from quantlib.schedule import BASE_DEPTH
 
 BIG = 1 << 18  # tables with more entries reach the simulation as a binary file; compilers are slow on long initialisers
-SHALLOW_FIFO = 64  # up to here a FIFO is made of shift registers
 Array = np.ndarray
-
-
-def template(name: str, **values: object) -> str:
-    text = (resources.files("quantlib.hls") / "templates" / name).read_text()
-    return Template(text).substitute(values) if values else text
 
 
 def headers(wanted: Sequence[str]) -> dict[str, str]:
@@ -39,23 +36,10 @@ def headers(wanted: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def plain(name: str) -> str:
-    """A name as it may stand in a comment or a string of C++, whatever a graph file says."""
-    return re.sub(r"[^\w.:/-]", "_", name)
-
-
-def word(ctype: str, lanes: int) -> str:
-    return f"ql::Word<{ctype}, {lanes}>"
-
-
 def native(lo: int, hi: int) -> np.dtype:
     """The smallest native type of C++ and numpy that holds lo..hi."""
     kinds = (np.uint8, np.uint16, np.uint32, np.int64) if lo >= 0 else (np.int8, np.int16, np.int32, np.int64)
     return next(np.dtype(k) for k in kinds if np.iinfo(k).min <= lo and hi <= np.iinfo(k).max)
-
-
-def literal(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def table_files(name: str, table: Table) -> tuple[dict[str, str | bytes], str]:
@@ -78,57 +62,6 @@ def table_files(name: str, table: Table) -> tuple[dict[str, str | bytes], str]:
     return {f"params/{name}.h": text, f"params/{name}.inc": rows + "\n", f"params/{name}.bin": data}, (
         f'    missing += !ql::load_table(std::string(folder) + "/{name}.bin", {name}, sizeof({name}));'
     )
-
-
-def stage_line(s: Stage) -> str:
-    args = f"<{', '.join(map(literal, s.args))}>" if s.args else ""
-    names = [s.inputs[0].name, s.outputs[0].name, *(n for n, _ in s.tables), "images", *(w.name for w in (*s.inputs[1:], *s.outputs[1:]))]
-    return f'    QL_STAGE("{s.name}", {s.function}{args}({", ".join(names)}));'
-
-
-def memory_pragmas(s: Stage) -> list[str]:
-    """Weights lie in the memory the folding names; the words of all lanes of an iteration side by side."""
-    lines = []
-    for name, table in s.tables:
-        if table.name == "weight":
-            impl = {"lut": " impl=lutram", "bram": " impl=bram", "uram": " impl=uram"}.get(s.memory, "")
-            lines.append(f"#pragma HLS BIND_STORAGE variable={name} type=rom_1p{impl}")
-            lines.append(f"#pragma HLS ARRAY_RESHAPE variable={name} complete dim=2")
-            if s.function in ("ql::matvec", "ql::gated_matvec"):
-                lines.append(f"#pragma HLS ARRAY_RESHAPE variable={name} complete dim=3")
-    return lines
-
-
-def stream_lines(net: Netlist) -> str:
-    ends = {id(p.wire) for p in (net.input, *net.outputs)}
-    lines = []
-    for w in net.wires:
-        if id(w) in ends:
-            continue
-        impl = "srl" if w.depth <= SHALLOW_FIFO else "bram"
-        lines += [
-            f'    static hls::stream<{word(w.port.ctype, w.port.lanes)}> {w.name}("{w.name}");',
-            f"#pragma HLS STREAM variable={w.name} depth={w.depth}",
-            f"#pragma HLS BIND_STORAGE variable={w.name} type=fifo impl={impl}",
-            f"#pragma HLS AGGREGATE variable={w.name} compact=bit",
-            f"    QL_DEPTH({w.name}, {w.depth});",
-        ]
-    return "\n".join(lines)
-
-
-def stream_type(pin: Pin) -> str:
-    return f"hls::stream<{word(pin.wire.port.ctype, pin.wire.port.lanes)}>"
-
-
-def network(graph: Graph, net: Netlist, loads: Sequence[str]) -> str:
-    names = [n for s in net.stages for n, _ in s.tables]
-    includes = [*(f'#include "{h}"' for h in ["ql_glue.hpp", *net.headers] if h), "", *(f'#include "../params/{n}.h"' for n in names)]
-    parameters = [f"{stream_type(p)}& {p.wire.name}" for p in (net.input, *net.outputs)]
-    stages = [*(line for s in net.stages for line in memory_pragmas(s)), *map(stage_line, net.stages)]
-    return template(
-        "network.hpp", graph=plain(graph.name), includes="\n".join(dict.fromkeys(includes)), parameters=", ".join(parameters),
-        streams=stream_lines(net), stages="\n".join(stages), loads="\n".join(loads),
-    )  # fmt: skip
 
 
 def port_lines(net: Netlist, depth: int = BASE_DEPTH) -> str:
@@ -265,7 +198,7 @@ def project(graph: Graph, net: Netlist, part: str, clock_ns: float, golden: tupl
     for k, p in enumerate(net.outputs):
         files[f"golden/output{k}.txt"] = _numbers(to_stream(golden[1][p.edge], p.type))
     files["Makefile"] = template("project.mk")
-    files["project.tcl"] = template("project.tcl", part=part, clock=f"{clock_ns:g}")
+    files.update(boards.files(net, part, clock_ns))
     files.update(driver(graph, net))
     return files
 

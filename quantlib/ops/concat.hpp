@@ -8,7 +8,13 @@ namespace ql {
 template <unsigned... PARTS> struct Parts;
 template <> struct Parts<> {
     static const unsigned all = 0;
-    template <typename TO, unsigned N> static void read(unsigned, Word<TO, N>&) {}
+    template <typename TO, unsigned N> static void read(unsigned, Word<TO, N>& y) {  // never reached: `part` counts to all the words
+#pragma HLS INLINE
+        for (unsigned p = 0; p < N; ++p) {
+#pragma HLS UNROLL
+            y.v[p] = TO(0);
+        }
+    }
 };
 template <unsigned FIRST, unsigned... MORE> struct Parts<FIRST, MORE...> {
     static const unsigned all = FIRST + Parts<MORE...>::all;

@@ -33,6 +33,52 @@ def test_project_is_complete_and_names_no_place(made: project.Project) -> None:
     assert "set PART   xczu3eg" in (made.folder / "project.tcl").read_text()
 
 
+def test_a_layer_is_found_by_the_table_of_contents(nets: ModuleType, tmp_path: Path) -> None:
+    """Every node has a row; its line holds the node's comment, and its calls follow up to the next comment."""
+    for name in ("everything", "residual"):
+        graph, folding = getattr(nets, name)()
+        made = project.write(graph, tmp_path / name, folding)
+        lines = (made.folder / "src" / "network.hpp").read_text().splitlines()
+        rows = [
+            m.groups()
+            for line in lines
+            if (m := re.match(r"//   (\d+)\s+(\w+)\s+(to the bus|\w+)\s\s+(\d[\d x]*\d|\d)\s\s+(.*?)\s\s+(.*)$", line))
+        ]
+        assert {row[1] for row in rows} >= {n.name for n in graph.nodes[1:]} and len({row[0] for row in rows}) == len(rows)
+        for number, node, op, _, fold, stages in rows:
+            line = lines[int(number) - 1]
+            assert line.startswith(f"    // {node}: ")
+            if op != "to the bus":
+                assert f"{type(graph.by_name[node].op).__name__}," in line or not graph.by_name[node].inputs
+                assert f"; {fold}; " in line or fold == "-"
+            end = next(k for k in range(int(number), len(lines)) if not lines[k].strip() or lines[k] == "}")
+            called = re.findall(r'QL_STAGE\("(\w+)"', "\n".join(lines[int(number) : end]))
+            assert set(stages.split()) <= set(called)
+            assert [s.name for s in made.net.stages if s.name in called] == called
+        assert max(map(len, lines)) <= 230, "calls are broken into lines"
+        assert (
+            "// c1: Conv2d, 12 x 8 x 8 ap_int<2> -> 8 x 8 x 8 ap_int<9>; pe 4, simd 6; 2,304 cycles" in "\n".join(lines)
+            or name != "everything"
+        )
+
+
+def test_sanitizers_find_nothing_and_warnings_are_errors(nets: ModuleType, tmp_path: Path) -> None:
+    graph, folding = nets.residual(1)
+    made = project.write(graph, tmp_path / "p", folding)
+    done = subprocess.run(["make", "sanitize"], cwd=made.folder, capture_output=True, text=True)
+    assert done.returncode == 0 and "every integer equal" in done.stdout, done.stderr
+    assert "-fsanitize=address,undefined" in done.stdout and "-Wall -Wextra -Werror" in done.stdout
+    assert re.findall(r"-Wno-\S+", done.stdout) == ["-Wno-unknown-pragmas"]
+    source = made.folder / "src" / "top.cpp"
+    text = source.read_text()
+    source.write_text(text + "void unused() { int nothing; }\n")
+    spoiled = subprocess.run(["make", "sanitize"], cwd=made.folder, capture_output=True, text=True)
+    assert spoiled.returncode != 0 and "unused variable" in spoiled.stderr
+    names = subprocess.run(["make", "help"], cwd=made.folder, capture_output=True, text=True).stdout
+    assert {line.split()[0] for line in names.splitlines()} == {
+        "help", "csim", "optimized", "sanitize", "strict", "hls", "bitstream", "clean"}  # fmt: skip
+
+
 def test_kernels_follow_the_rules() -> None:
     """One pipelined loop per kernel, beginning with QL_CYCLE, no non-blocking access, no static data."""
     root = Path(writer.__file__).parent

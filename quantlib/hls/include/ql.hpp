@@ -10,6 +10,7 @@
 #ifndef __SYNTHESIS__
 #include <fstream>
 #include <string>
+#pragma GCC diagnostic ignored "-Wunused-label"  // labels name the loops in the vendor's reports; nothing jumps to them
 #endif
 
 #ifndef QL_SIMULATION  // the vendor's headers: a stage is a call, a cycle is the tool's business

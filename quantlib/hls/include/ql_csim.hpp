@@ -26,7 +26,9 @@ void sink(hls::stream<Word<T, N>>& in, int64_t* to, uint64_t words, std::vector<
             const Word<T, N> x = in.read();
             for (unsigned p = 0; p < N; ++p) *to++ = int64_t(x.v[p]);
         }
-#if QL_MODE != 0
+#if QL_MODE == 0
+        (void)times;
+#else
         times->push_back(scheduler().current().now);
 #endif
     }

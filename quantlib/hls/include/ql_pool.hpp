@@ -11,24 +11,30 @@ struct Max {
     template <typename A> static A join(A a, A b) { return a > b ? a : b; }
 };
 
-// TAPS words in, one word out; WINDOWS windows (over pixels and channel words) per image. Iterations per image: WINDOWS * TAPS.
-template <typename OP, typename A, unsigned WINDOWS, unsigned TAPS, typename TI, typename TO, unsigned PE>
-void reduce(hls::stream<Word<TI, PE>>& in, hls::stream<Word<TO, PE>>& out, unsigned images) {
-    A acc[PE];
+// STEPS words of LANES / PE taps in, one word out; WINDOWS windows (over pixels and channel words) per image. Iterations per image: WINDOWS * STEPS.
+template <typename OP, typename A, unsigned WINDOWS, unsigned STEPS, typename TI, typename TO, unsigned LANES, unsigned PE>
+void reduce(hls::stream<Word<TI, LANES>>& in, hls::stream<Word<TO, PE>>& out, unsigned images) {
+    static_assert(LANES % PE == 0, "a word holds whole taps");
+    A acc[PE] = {};
 #pragma HLS ARRAY_PARTITION variable = acc complete
-    unsigned tap = 0;
-    const unsigned total = images * WINDOWS * TAPS;
-taps:
+    unsigned step = 0;
+    const unsigned total = images * WINDOWS * STEPS;
+steps:
     for (unsigned i = 0; i < total; ++i) {
 #pragma HLS PIPELINE II = 1
         QL_CYCLE();
-        const Word<TI, PE> x = in.read();
+        const Word<TI, LANES> x = in.read();
         for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
-            acc[p] = tap == 0 ? A(x.v[p]) : OP::template join<A>(acc[p], A(x.v[p]));
+            A taps = A(x.v[p]);
+            for (unsigned t = PE; t < LANES; t += PE) {
+#pragma HLS UNROLL
+                taps = OP::template join<A>(taps, A(x.v[t + p]));
+            }
+            acc[p] = step == 0 ? taps : OP::template join<A>(acc[p], taps);
         }
-        if (++tap == TAPS) {
-            tap = 0;
+        if (++step == STEPS) {
+            step = 0;
             Word<TO, PE> word;
             for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
