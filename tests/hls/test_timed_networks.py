@@ -13,7 +13,6 @@ from test_every_network import randomised, shape_of
 
 import quantlib as ql
 import zoo
-from quantlib.hls.latency import first_image
 from zoo.fuseconv import REDUCED
 
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="timed simulation needs a C++ compiler")
@@ -57,8 +56,8 @@ CASES = [
 def test_the_clock_shows_the_cycles_of_the_plan(name: str, options: dict[str, Any], share: float, tmp_path: Path) -> None:
     """As fast as fits, and at a tenth of that. Deadlock, which csim reports with every blocked stage, would end the test.
 
-    Cycles may lie above the plan's by 5 %, the project's goal; 0.2 % was the most seen: neighbours that are equally slow and irregular wait
-    for each other now and then. Latency may be off by 3 %: how a stage spreads its words over its iterations is taken as even.
+    Cycles may be off by 5 %, the project's goal; 0.2 % was the most seen: neighbours that are equally slow and irregular wait for each
+    other now and then, and the first images come a little faster. Latency may be off by 3 %: words are taken to be spread evenly.
     """
     graph = ql.convert(randomised(name, options), shape_of(name))
     plan = ql.estimate(graph, part="xczu3eg")
@@ -73,5 +72,5 @@ def test_the_clock_shows_the_cycles_of_the_plan(name: str, options: dict[str, An
     timing = project.last
     assert timing is not None
     slow = sorted(((most, depth, fifo) for fifo, (most, depth) in timing.marks.items() if most == depth), reverse=True)
-    assert plan.cycles <= timing.steady <= 1.05 * plan.cycles, f"slowest is {plan.bottleneck}; full FIFOs: {slow}"
-    assert abs(first_image(project.net) - timing.latency) <= 0.03 * timing.latency
+    assert abs(timing.steady - plan.cycles) <= 0.05 * plan.cycles, f"slowest is {plan.bottleneck}; full FIFOs: {slow}"
+    assert abs(plan.latency - timing.latency) <= 0.03 * timing.latency
