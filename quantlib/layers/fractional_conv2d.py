@@ -47,6 +47,14 @@ def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, window: Window) -> Ten
         )[1]  # fmt: skip
 
 
+def _sums(planes: Tensor, weight: Tensor, window: Window, signs: bool) -> Tensor:
+    """The convolution of planes, integers of -3..3. With signs (or twice signs) as weights, float64, which conversion uses, is done in
+    float32: these integers and their sums are exact there too, and a CPU is several times as fast."""
+    if signs and planes.dtype is torch.float64 and 6 * weight[0].numel() < 1 << 24:
+        return nn.functional.conv2d(planes.float(), weight.float(), None, *window).double()
+    return nn.functional.conv2d(planes, weight, None, *window)
+
+
 def third_planes(q: Tensor) -> tuple[Tensor, Tensor] | None:
     """(m, l) with 3q = 2m + l, m = sgn(q) and l an integer, where every q lies on thirds (to 1e-5) and |q| < 1.3; else None."""
     if not q.numel():
@@ -64,10 +72,12 @@ class _Gated(Function):
     """y = (2M + L where open) / 3 from the planes of q; five convolutions, forward and backward together."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, weight: Tensor, threshold: Tensor, high: Tensor, low: Tensor, window: Window, sparse: bool) -> Any:
+    def forward(
+        ctx: Any, q: Tensor, weight: Tensor, threshold: Tensor, high: Tensor, low: Tensor, window: Window, sparse: bool, signs: bool
+    ) -> Any:
         with torch.autocast(q.device.type, enabled=False):
-            double = nn.functional.conv2d(high, 2 * weight, None, *window)  # 2M exactly: a power of two passes through every rounding
-            lsb = nn.functional.conv2d(low, weight, None, *window)
+            double = _sums(high, 2 * weight, window, signs)  # 2M exactly: a power of two passes through every rounding
+            lsb = _sums(low, weight, window, signs)
         soft = gate(double / 3, threshold)
         mask = _above(soft)
         ctx.save_for_backward(high, low, weight, threshold, lsb, soft, mask)
@@ -90,7 +100,7 @@ class _Gated(Function):
         if ctx.needs_input_grad[1]:
             grad_w = _grad_weight(to_high, high, weight, ctx.window).mul_(2 / 3)
             grad_w.add_(_grad_weight(to_low, low, weight, ctx.window), alpha=1 / 3)
-        return grad_q, grad_w, slope.sum_to_size(threshold.shape).mul_(-STEEPNESS / 3), None, None, None, None
+        return grad_q, grad_w, slope.sum_to_size(threshold.shape).mul_(-STEEPNESS / 3), None, None, None, None, None
 
 
 class _GatedReal(Function):
@@ -204,7 +214,7 @@ class FractionalConv2d(Layer, nn.Module):
         if planes is None or self.clip < 1:
             y, mask = _GatedReal.apply(q, self.quant_weight(), self.threshold, window, self.clip, self.sparse)
         else:
-            y, mask = _Gated.apply(q, self.quant_weight(), self.threshold, *planes, window, self.sparse)
+            y, mask = _Gated.apply(q, self.quant_weight(), self.threshold, *planes, window, self.sparse, not self.real_weights)
         self.num_out, self.num_high = mask.numel(), mask.sum((2, 3)).long().sum()
         return y
 

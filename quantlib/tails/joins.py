@@ -11,7 +11,7 @@ from quantlib import ops
 from quantlib.ir import Grid
 from quantlib.tails.expressions import ConversionError, Edge, Map, evaluate, maps, monotone, occurrences
 from quantlib.tails.probing import codes_of, compress, integers, real_of
-from quantlib.tails.thresholds import ENUMERATE, TABLE_LIMIT, bisected, thresholds_of
+from quantlib.tails.thresholds import ENUMERATE, TABLE_LIMIT, bisected, directions, thresholds_of
 
 if TYPE_CHECKING:
     from quantlib.lowering import Lowering
@@ -48,9 +48,8 @@ def join(g: Lowering, value: Map, edges: list[Edge], grid: Grid) -> Edge:
     if t.levels <= ENUMERATE:
         n = integers(t)
         for k in range(count):
-            codes = run(n[:, None], np.full(len(n), k))
-            difference = np.diff(codes, axis=0)
-            rising, falling = np.all(difference >= 0, axis=0), np.all(difference <= 0, axis=0)
+            codes = np.ascontiguousarray(run(n[:, None], np.full(len(n), k)).T)
+            rising, falling = directions(codes)
             if not np.all(rising | falling):
                 raise ConversionError(f"{value.label}: the join is not monotone in {wide.name} {t}; use a monotone activation. {remedies}")
             thresholds[:, k], sign = thresholds_of(codes, n, rising, grid, t)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from torch import Tensor
 
@@ -12,95 +10,99 @@ from quantlib.ir import Grid
 from quantlib.tails.expressions import Edge, Map
 from quantlib.tails.probing import codes_of, compress, real_of
 
+BLOCK = 1 << 15  # (channel, point) pairs that are worked on at a time: they stay in the second cache
+SAMPLE = 1024  # points on which a shift is tried before all of them are
+FREE = 2**62  # beyond every bound on an addend
+
 
 def fit_line(n: np.ndarray, codes: np.ndarray, slope: np.ndarray, grid: Grid, use: np.ndarray) -> tuple[np.ndarray, np.ndarray, int] | None:
     """mul, add (C,) and shift with clamp((n*mul + add) >> shift) == codes at every used point, or None. Proven by integer
     inequalities.
 
-    n (P, 1) or (P, C), codes (P, C), slope (C,) in codes per integer, use (P, C) bool. The smallest shift up to 40 that works for all
+    n (1, P) or (C, P), codes (C, P), slope (C,) in codes per integer, use (C, P) bool. The smallest shift up to 40 that works for all
     channels is taken.
     """
+    channels, points = codes.shape
     span = int(np.abs(n).max(initial=1)).bit_length()
     steepest = float(np.abs(slope).max(initial=0.0))
-    columns = np.arange(codes.shape[1])
-    few = np.unique(
-        np.linspace(0, len(n) - 1, min(len(n), 1024)).astype(np.int64)
-    )  # the points that decide; grows by those that refute a candidate
-
-    def bounds(shift: int, rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Per channel: the largest lower and the smallest upper bound on add that these points set, and the rows that set them."""
-        code = codes[rows]
-        low = (code << shift) - n[rows] * np.rint(slope * 2.0**shift).astype(np.int64)
-        high = low + ((1 << shift) - 1)
-        low[(code <= grid.lo) | ~use[rows]] = -(2**62)
-        high[(code >= grid.hi) | ~use[rows]] = 2**62
-        first, last = low.argmax(0), high.argmin(0)
-        return low[first, columns], high[last, columns], first, last
 
     def fits(shift: int) -> bool:
         return steepest * 2.0**shift < 2.0 ** (62 - span) and (steepest + max(abs(grid.lo), abs(grid.hi)) + 2) * 2.0**shift < 2.0**62
 
-    def sample_allows(shift: int) -> bool:
-        low, high, _, _ = bounds(shift, few)
-        return bool((low <= high).all())
-
-    def add_for(shift: int) -> np.ndarray | None:
-        nonlocal few
-        low, high = np.full(len(columns), -(2**62)), np.full(len(columns), 2**62)
-        for start in range(0, len(n), 4096):
-            block_low, block_high, first, last = bounds(shift, slice(start, start + 4096))
-            tighter = np.concatenate([first[block_low > low], last[block_high < high]]) + start
-            low, high = np.maximum(low, block_low), np.minimum(high, block_high)
-            if (low > high).any():
-                few = np.union1d(few, tighter)
-                return None
-        free_low, free_high = low == -(2**62), high == 2**62
-        return np.where(free_low & free_high, 0, np.where(free_low, high, np.where(free_high, low, low + (high - low) // 2)))
+    def multiplier(shift: int) -> np.ndarray:
+        return np.rint(slope * 2.0**shift).astype(np.int64)
 
     # the smallest shift that suits a sample of the points, by bisection (almost monotone), then upwards until it suits them all
+    few = np.unique(np.linspace(0, points - 1, min(points, SAMPLE)).astype(np.int64))
+    sample = _Bounds(n[:, few], codes[:, few], use[:, few], grid)
+    every = _Bounds(n, codes, use, grid)
     below, above = -1, 40
     while above - below > 1:
         middle = (below + above) // 2
-        below, above = (below, middle) if not fits(middle) or sample_allows(middle) else (middle, above)
+        allowed = not fits(middle) or sample.addends(middle, multiplier(middle)) is not None
+        below, above = (below, middle) if allowed else (middle, above)
     for shift in range(above, 41):
         if not fits(shift):
             return None
-        add = add_for(shift) if sample_allows(shift) else None
-        if add is not None:
-            return np.rint(slope * 2.0**shift).astype(np.int64), add, shift
+        mul = multiplier(shift)
+        found = every.addends(shift, mul) if sample.addends(shift, mul) is not None else None
+        if found is not None:
+            low, high = found
+            free_low, free_high = low == -FREE, high == FREE
+            between = np.where(free_high, low, low + (high - low) // 2)
+            return mul, np.where(free_low & free_high, 0, np.where(free_low, high, between)), shift
     return None
+
+
+def _blocks(table: np.ndarray) -> list[slice]:
+    """The rows of a table in pieces of about BLOCK entries."""
+    rows = max(1, BLOCK // table.shape[1])
+    return [slice(k, k + rows) for k in range(0, len(table), rows)]
+
+
+class _Bounds:
+    """The bounds that points set on the addend of a line, block of channels by block; what refuted the last line is tried first."""
+
+    def __init__(self, n: np.ndarray, codes: np.ndarray, use: np.ndarray, grid: Grid) -> None:
+        self.n, self.codes, self.use, self.grid = n, codes, use, grid
+        self.blocks = _blocks(codes)
+
+    def addends(self, shift: int, mul: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Per channel the largest lower and the smallest upper bound, -FREE and FREE where there is none; None where they cross."""
+        low, high = np.empty(len(mul), dtype=np.int64), np.empty(len(mul), dtype=np.int64)
+        for place, block in enumerate(self.blocks):
+            code, use = self.codes[block], self.use[block]
+            least = (code.astype(np.int64) << shift) - (self.n if len(self.n) == 1 else self.n[block]) * mul[block, None]
+            for bound, open_, free in ((low, code > self.grid.lo, -FREE), (high, code < self.grid.hi, FREE)):
+                open_ &= use
+                at = least if open_.all() else np.where(open_, least, free)
+                bound[block] = at.max(1) if bound is low else at.min(1)
+            tight = high[block] < FREE
+            high[block][tight] += (1 << shift) - 1
+            if (low[block] > high[block]).any():
+                self.blocks.insert(0, self.blocks.pop(place))
+                return None
+        return low, high
 
 
 def fit_lines(n: np.ndarray, codes: np.ndarray, real: np.ndarray, grid: Grid) -> ops.Op | None:
     """A multiply-shift, of one line or of two with a kink, that gives exactly `codes`; None where there is none. n (P,); codes, real
-    (P, C).
+    (C, P).
     """
-    step = int(n[1] - n[0])
     grid = tight_grid(grid, codes)
-    steps = np.diff(real, axis=0) / step
-    size = np.abs(steps).max(0) + 1e-300
-    left, right = real[1] - real[0], real[-1] - real[-2]
-    left, right = left / step, right / step
-    bent = np.abs(steps - left) > 1e-6 * size
-    first = np.where(bent.any(0), bent.argmax(0), len(n))  # the interval that holds the kink, per channel
-    # long lines: the slope over the whole straight part is more precise than one difference
-    columns = np.arange(codes.shape[1])
-    end = np.minimum(first, len(n) - 1)
-    left = np.where(end > 0, (real[end, columns] - real[0]) / np.maximum(n[end] - n[0], 1), left)
-    kinked = bool(bent.any())
-    start = np.minimum(first + 1, len(n) - 1)
-    right = np.where(start < len(n) - 1, (real[-1] - real[start, columns]) / np.maximum(n[-1] - n[start], 1), right)
-    rows = np.arange(len(n))[:, None]
+    parts = [_straight(n, real[block]) for block in _blocks(codes)]
+    first, left, right = (np.concatenate(column) for column in zip(*parts, strict=True))
+    kinked = bool((first < len(n)).any())
     if not kinked:
-        line = fit_line(n[:, None], codes, left, grid, np.ones_like(codes, dtype=bool))
+        line = fit_line(n[None], codes, left, grid, np.ones_like(codes, dtype=bool))
         if line is None:
             return None
         mul, add = (x[:, 0] for x in compress(line[0][:, None], line[1][:, None]))
         return ops.Requant(mul, add, line[2], grid.lo, grid.hi)
-    upper = rows > first  # n >= kink uses the right line; channels without a kink use the left one everywhere
+    upper = np.arange(len(n)) > first[:, None]  # n >= kink uses the right line; channels without a kink use the left one everywhere
     kink = np.where(first < len(n) - 1, n[np.minimum(first + 1, len(n) - 1)], n[-1] + 1)
-    two = fit_line(n[:, None], codes, left, grid, ~upper)
-    one = fit_line(n[:, None], codes, right, grid, upper)
+    two = fit_line(n[None], codes, left, grid, ~upper)
+    one = fit_line(n[None], codes, right, grid, upper)
     if one is None or two is None:
         return None
     shift = max(one[2], two[2])
@@ -108,6 +110,25 @@ def fit_lines(n: np.ndarray, codes: np.ndarray, real: np.ndarray, grid: Grid) ->
     tables = compress(*(x[:, None] for x in (mul, add, kink, mul2, add2)))
     mul, add, kink, mul2, add2 = (x[:, 0] for x in tables)
     return ops.Requant(mul, add, shift, grid.lo, grid.hi, kink, mul2, add2)
+
+
+def _straight(n: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per channel of real values (C, P): the interval that holds the kink (P where there is none), and the slopes before and behind it."""
+    step, last = int(n[1] - n[0]), len(n) - 1
+    steps = np.diff(real, axis=1)
+    steps /= step
+    left, right = (real[:, 1] - real[:, 0]) / step, (real[:, -1] - real[:, -2]) / step
+    size = np.maximum(steps.max(1), -steps.min(1)) + 1e-300
+    steps -= left[:, None]
+    bent = np.abs(steps, out=steps) > 1e-6 * size[:, None]
+    first = bent.argmax(1)
+    rows = np.arange(len(real))
+    first = np.where(bent[rows, first], first, len(n))
+    # long lines: the slope over the whole straight part is more precise than one difference
+    end, start = np.minimum(first, last), np.minimum(first + 1, last)
+    left = np.where(end > 0, (real[rows, end] - real[:, 0]) / np.maximum(n[end] - n[0], 1), left)
+    right = np.where(start < last, (real[:, -1] - real[rows, start]) / np.maximum(n[-1] - n[start], 1), right)
+    return first, left, right
 
 
 def fit_between(
@@ -133,7 +154,7 @@ def fit_between(
     columns = np.arange(len(sign))
     run = n[last, columns] - n[first, columns]
     slope = np.where(run != 0, (real[last, columns] - real[first, columns]) / np.where(run == 0, 1, run), 0.0)
-    line = fit_line(n, codes, slope, tight, np.ones_like(codes, dtype=bool))
+    line = fit_line(np.ascontiguousarray(n.T), np.ascontiguousarray(codes.T), slope, tight, np.ones(codes.T.shape, dtype=bool))
     if line is None:
         return None
     mul, add = (x[:, 0] for x in compress(line[0][:, None], line[1][:, None]))

@@ -58,6 +58,19 @@ def real_of(edge: Edge, n: np.ndarray, narrow: bool = False) -> Tensor:
     return layout(edge.shape, n * scale)
 
 
+def real_along(edge: Edge, n: np.ndarray, narrow: bool = False) -> Tensor:
+    """fl(scale * n) of integers (P,) for every channel, along the axis behind the channels: (1, C, P, 1, ...); (P, C) of a vector."""
+    if len(edge.shape) == 1:
+        return real_of(edge, n[:, None], narrow)
+    scale = edge_scale(edge)[:1] if narrow else edge_scale(edge)
+    return torch.from_numpy(scale[:, None] * n).reshape(1, len(scale), -1, *[1] * (len(edge.shape) - 2))
+
+
+def by_probe(real: Tensor) -> Tensor:
+    """What a function gives for `real_along`, as (P, C)."""
+    return real if real.dim() == 2 else real.reshape(real.shape[1], -1).t()
+
+
 def integers(t: IntType) -> np.ndarray:
     return np.arange(t.lo, t.hi + 1, t.step, dtype=np.int64)
 

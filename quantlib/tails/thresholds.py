@@ -10,12 +10,13 @@ from quantlib import ops
 from quantlib.ir import Grid, IntType
 from quantlib.tails.expressions import ConversionError, Edge, Map, evaluate, every, monotone, occurrences
 from quantlib.tails.multiply_shift import fit_between, fit_lines
-from quantlib.tails.probing import codes_of, compress, integers, real_of, snap_codes, units_of
+from quantlib.tails.probing import by_probe, codes_of, compress, integers, real_along, real_of, snap_codes, units_of
 
 ENUMERATE = 4096  # integers of an interval that are always run one by one
 FEW_LEVELS = 31  # up to here a quantizer's output is stored as thresholds; above, a proven multiply-shift is preferred
 TABLE_LIMIT = 1 << 20  # entries of the largest table that is worth storing
 PROBE_LIMIT = 1 << 26  # (integer, channel) pairs over which a multiply-shift is proven one by one
+PIECE = 1 << 17  # (integer, channel) pairs that are run at a time
 MANY_INTEGERS = 1 << 16  # the same where a tail is not declared monotone, and bisection would be wrong
 
 
@@ -31,27 +32,20 @@ def enumerated(value: Map, edge: Edge, grid: Grid) -> ops.Op:
         )
     n = integers(t)
     lines = grid.step == 1 and grid.levels - 1 > FEW_LEVELS and value.pre is not None and len(n) > 2
-    pieces = []  # of (P, C), or (P, 1) where all channels share one function
-    for p in np.array_split(n, -(-len(n) * channels // (1 << 20))):
-        env: dict[object, Tensor] = {edge.name: real_of(edge, p[:, None], narrow)}
-        inner = {id(a): evaluate(a, env) for a in value.args}
-        real = [inner[id(a)] for a in value.args]
-        with torch.no_grad():
-            codes = snap_codes(value, value.fn(*real), grid, narrow)
-            pieces.append((codes, units_of(value, value.pre(*real), grid, narrow) if lines and value.pre else codes))
-    codes, units = (np.concatenate([p[k] for p in pieces]) for k in (0, 1))
-    difference = np.diff(codes, axis=0)
-    rising, falling = np.all(difference >= 0, axis=0), np.all(difference <= 0, axis=0)
-    is_monotone = bool(np.all(rising | falling))
-    if grid.levels - 1 <= FEW_LEVELS and is_monotone:
-        return threshold_op(codes, n, rising, grid, t)
+    codes, units = _every_integer(value, edge, grid, n, narrow, lines)
+    if grid.levels - 1 <= FEW_LEVELS:
+        rising, falling = directions(codes)
+        if np.all(rising | falling):
+            return threshold_op(codes, n, rising, grid, t)
     if lines:
         op = fit_lines(n, codes, units, grid)
         if op is not None:
             return op
+    rising, falling = directions(codes)
+    is_monotone = bool(np.all(rising | falling))
     if is_monotone and grid.levels - 1 <= 255 and grid.levels < len(n):
         return threshold_op(codes, n, rising, grid, t)
-    (table,) = compress(np.ascontiguousarray(codes.T))
+    (table,) = compress(codes.astype(np.int64))
     if table.size > TABLE_LIMIT:
         raise ConversionError(
             f"{value.label}: the function from accumulator to code is {'no multiply-shift' if is_monotone else 'not monotone'} "
@@ -61,21 +55,45 @@ def enumerated(value: Map, edge: Edge, grid: Grid) -> ops.Op:
     return ops.Lut(table, t.lo, t.step, grid.step)
 
 
+def _every_integer(value: Map, edge: Edge, grid: Grid, n: np.ndarray, narrow: bool, lines: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (C, P) of all integers n (P,), and with `lines` the real values before the quantizer, in steps; C is 1 where narrow."""
+    channels = 1 if narrow else edge.shape[0]
+    codes = np.empty((channels, len(n)), dtype=np.int32 if max(-grid.lo, grid.hi) < 1 << 30 else np.int64)
+    units = np.empty((channels, len(n)) if lines else (0, 0))
+    codes_of(value, {edge.name: real_of(edge, n[:1, None], narrow)}, grid, narrow=narrow)  # refuses constants that change inside a channel
+    per_piece = max(1, PIECE // channels)
+    for start in range(0, len(n), per_piece):
+        piece = slice(start, start + per_piece)
+        env: dict[object, Tensor] = {edge.name: real_along(edge, n[piece], narrow)}
+        inner = {id(a): evaluate(a, env) for a in value.args}
+        real = [inner[id(a)] for a in value.args]
+        with torch.no_grad():
+            codes[:, piece] = snap_codes(value, by_probe(value.fn(*real)), grid, narrow).T
+            if lines and value.pre:
+                units[:, piece] = units_of(value, by_probe(value.pre(*real)), grid, narrow).T
+    return codes, units
+
+
+def directions(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows of codes (C, P) never fall, and which never rise."""
+    lower, upper = codes[:, :-1], codes[:, 1:]
+    return np.all(lower <= upper, axis=1), np.all(lower >= upper, axis=1)
+
+
 def threshold_op(codes: np.ndarray, n: np.ndarray, rising: np.ndarray, grid: Grid, t: IntType) -> ops.Op:
     thresholds, sign = compress(*thresholds_of(codes, n, rising, grid, t))
     return ops.Threshold(thresholds, sign[:, 0], grid.lo, grid.step)
 
 
 def thresholds_of(codes: np.ndarray, n: np.ndarray, rising: np.ndarray, grid: Grid, t: IntType) -> tuple[np.ndarray, np.ndarray]:
-    """From codes (P, C) that are monotone in n (P,): thresholds (C, L) on sign * n, and sign (C, 1). Never true: one above the interval."""
-    sign = np.where(rising, 1, -1)
-    signed = np.where(rising, n[:, None], -n[::-1, None])  # (P, C), ascending
-    channels = codes.shape[1]
-    rows = (codes - grid.lo) // grid.step + grid.levels * np.arange(channels)
+    """From codes (C, P) that are monotone in n (P,): thresholds (C, L) on sign * n, and sign (C, 1). Never true: one above the interval."""
+    sign = np.where(rising, 1, -1)[:, None]
+    channels = len(codes)
+    rows = (codes - grid.lo) // grid.step + grid.levels * np.arange(channels)[:, None]
     reached = np.bincount(rows.reshape(-1), minlength=channels * grid.levels).reshape(channels, -1)  # integers per code
     first = np.cumsum(reached, axis=1)[:, :-1]  # (C, L): how many lie below each level
-    above = np.concatenate([signed, signed[-1:] + 1]).T
-    return np.take_along_axis(above, first, axis=1), sign[:, None]
+    up, down = np.append(n, n[-1] + 1), np.append(-n[::-1], 1 - n[0])  # sign * n, ascending
+    return np.where(sign > 0, up[first], down[first]), sign
 
 
 def bisected(value: Map, edge: Edge, grid: Grid) -> ops.Op:
