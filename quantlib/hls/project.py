@@ -203,7 +203,7 @@ def export(graph: Graph, folder: str | os.PathLike[str], part: str = "xczu3eg", 
     plan.schedule.check(graph)
     foldings = {name: stage.folding for name, stage in plan.schedule.items()}
     depths = {name: stage.depths for name, stage in plan.schedule.items()}
-    return write(graph, target, foldings, depths, plan.part.full_name, 1000.0 / plan.clock_mhz)
+    return write(graph, target, foldings, depths, plan.part.full_name, 1000.0 / plan.clock_mhz, plan)
 
 
 def check_folder(target: Path) -> None:
@@ -220,11 +220,11 @@ def check_folder(target: Path) -> None:
 
 
 def write(graph: Graph, target: Path, foldings: Mapping[str, Folding], depths: Mapping[str, tuple[int, ...]] | None = None,
-          part: str = "xczu3eg", clock_ns: float = 4.0) -> Project:  # fmt: skip
-    """`export` with explicit foldings and depths instead of a plan."""
+          part: str = "xczu3eg", clock_ns: float = 4.0, plan: Plan | None = None) -> Project:  # fmt: skip
+    """`export` with explicit foldings and depths instead of a plan's; with `plan` the project reports its figures."""
     check_folder(target)
     net = netlist.build(graph, foldings, depths)
-    files = writer.project(graph, net, part, clock_ns, golden(graph))
+    files = writer.project(graph, net, part, clock_ns, golden(graph), plan)
     files[MANIFEST] = json.dumps({"tool": "quantlib", "graph": graph.name, "files": sorted(files)}, indent=1) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))

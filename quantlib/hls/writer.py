@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantlib.hls import boards
+from quantlib.hls import boards, report
 from quantlib.hls.call import Table, hw
 from quantlib.hls.netlist import Netlist, Pin
 from quantlib.hls.network import network, plain, stream_type, template
@@ -17,6 +18,9 @@ from quantlib.hls.network import stage_line as stage_line
 from quantlib.hls.network import word as word
 from quantlib.ir import Graph, IntType
 from quantlib.schedule import BASE_DEPTH
+
+if TYPE_CHECKING:
+    from quantlib.schedule import Plan
 
 BIG = 1 << 18  # tables with more entries reach the simulation as a binary file; compilers are slow on long initialisers
 Array = np.ndarray
@@ -177,8 +181,9 @@ def driver(graph: Graph, net: Netlist) -> dict[str, str]:
     return {"driver.py": template("driver.py"), "driver.json": json.dumps(about, indent=1) + "\n"}
 
 
-def project(graph: Graph, net: Netlist, part: str, clock_ns: float, golden: tuple[Array, Mapping[str, Array]]) -> dict[str, str | bytes]:
-    """All files of a project. golden: input codes (N, *shape) and the integers of every output edge for them."""
+def project(graph: Graph, net: Netlist, part: str, clock_ns: float, golden: tuple[Array, Mapping[str, Array]],
+            plan: Plan | None = None) -> dict[str, str | bytes]:  # fmt: skip
+    """All files of a project. golden: input codes (N, *shape) and the integers of every output edge for them; report.html needs a plan."""
     files: dict[str, str | bytes] = {}
     loads = []
     for s in net.stages:
@@ -199,6 +204,9 @@ def project(graph: Graph, net: Netlist, part: str, clock_ns: float, golden: tupl
         files[f"golden/output{k}.txt"] = _numbers(to_stream(golden[1][p.edge], p.type))
     files["Makefile"] = template("project.mk")
     files.update(boards.files(net, part, clock_ns))
+    files["README.md"] = report.readme(graph, net, part, clock_ns, plan)
+    if plan is not None:
+        files["report.html"] = report.html(graph, net, plan)
     files.update(driver(graph, net))
     return files
 
