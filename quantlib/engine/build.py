@@ -96,16 +96,19 @@ def library(body: str) -> Library:
 
 
 def _compiled(body: str) -> Path:
+    return compiled(f"engine-{body}", SOURCE / "packed.cpp", flags(body), sorted([*SOURCE.glob("*.hpp"), *SOURCE.glob("*.cpp")]))
+
+
+def compiled(stem: str, main: Path, options: tuple[str, ...], sources: list[Path]) -> Path:
+    """The shared library of `main`, which depends on `sources`, from the cache or compiled into it. Raises Unavailable."""
     if sys.byteorder != "little":
         raise Unavailable("the engine packs bits for little-endian machines")
     compiler = shutil.which("g++")
     if compiler is None:
         raise Unavailable("no g++ on PATH")
-    options = flags(body)
-    sources = sorted([*SOURCE.glob("*.hpp"), *SOURCE.glob("*.cpp")])
     parts = [_run(compiler, "--version"), _features(), *options, *(s.name + "\0" + s.read_text() for s in sources)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    target = folder() / f"engine-{body}-{key}.so"
+    target = folder() / f"{stem}-{key}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +117,7 @@ def _compiled(body: str) -> Path:
             fd, name = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
             os.close(fd)
             try:
-                _run(compiler, *options, str(SOURCE / "packed.cpp"), "-o", name)
+                _run(compiler, *options, str(main), "-o", name)
                 os.replace(name, target)
             finally:
                 Path(name).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from torch.nn.modules.utils import _pair
 from quantlib.layers._base import Example, Layer
 from quantlib.layers.quant_sign import QuantSign
 from quantlib.ops.fractional_conv2d import FractionalConv2d as FractionalConv2dOp
-from quantlib.quantizers import binary_sign, in_float32
+from quantlib.quantizers import binary_sign, in_float32, kernels
 from quantlib.quantizers.functions import flat, pass_inside, sign
 from quantlib.tails import ConversionError
 
@@ -59,6 +59,9 @@ def third_planes(q: Tensor) -> tuple[Tensor, Tensor] | None:
     """(m, l) with 3q = 2m + l, m = sgn(q) and l an integer, where every q lies on thirds (to 1e-5) and |q| < 1.3; else None."""
     if not q.numel():
         return None
+    if kernels.fit(q) and kernels.places(q, 1):
+        high, low = torch.empty_like(q), torch.empty_like(q)
+        return (high, low) if kernels.call("thirds", q, high, low, q.numel(), dtype=q.dtype) else None
     n = q * 3
     low = n.round()
     off, largest = (torch.stack(torch.aminmax(flat(v))).abs().max() for v in (n.sub_(low), low))
@@ -69,7 +72,7 @@ def third_planes(q: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 class _Gated(Function):
-    """y = (2M + L where open) / 3 from the planes of q; five convolutions, forward and backward together."""
+    """y = (2M + L where open) / 3 from the planes of q; five convolutions, forward and backward together. Also the number of open gates."""
 
     @staticmethod
     def forward(
@@ -78,29 +81,46 @@ class _Gated(Function):
         with torch.autocast(q.device.type, enabled=False):
             double = _sums(high, 2 * weight, window, signs)  # 2M exactly: a power of two passes through every rounding
             lsb = _sums(low, weight, window, signs)
-        soft = gate(double / 3, threshold)
-        mask = _above(soft)
-        ctx.save_for_backward(high, low, weight, threshold, lsb, soft, mask)
+        places = kernels.places(double, threshold.numel()) if kernels.fit(double, lsb, threshold) else None
+        ctx.places = places if lsb.stride() == double.stride() else None
+        if ctx.places is not None:
+            soft = torch.empty_like(double)
+            kernels.call("before_gate", double, threshold, soft, *ctx.places, dtype=soft.dtype)
+            soft.sigmoid_()
+            count = torch.tensor(kernels.call("merged", double, lsb, soft, soft.numel(), dtype=soft.dtype))
+        else:
+            soft = gate(double / 3, threshold)
+            mask = _above(soft)
+            double.addcmul_(mask, lsb).div_(3)
+            count = mask.sum((2, 3)).long().sum()
+        ctx.save_for_backward(high, low, weight, threshold, lsb, soft)
         ctx.window, ctx.sparse = window, sparse
-        ctx.mark_non_differentiable(mask)
-        return double.addcmul_(mask, lsb).div_(3), mask
+        ctx.mark_non_differentiable(count)
+        return double, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """3/2 d(2M / 3) = dy + G and 3 d(L / 3) = dy where open; the factors 2/3 and 1/3 are put on the small tensors."""
-        high, low, weight, threshold, lsb, soft, mask = ctx.saved_tensors
-        slope = torch.ops.aten.sigmoid_backward(grad * lsb, soft)
-        if ctx.sparse:
-            slope.mul_(_above(soft, inclusive=True))
-        to_high, to_low = torch.add(grad, slope, alpha=STEEPNESS / 3), grad * mask
+        high, low, weight, threshold, lsb, soft = ctx.saved_tensors
+        if ctx.places is not None:
+            to_high, to_low, both = (torch.empty_like(soft) for _ in range(3))
+            sums, grad = torch.empty(threshold.shape, dtype=torch.float64), kernels.alike(grad, soft)
+            kernels.call("gated_back", grad, lsb, soft, to_high, to_low, both, sums, *ctx.places, int(ctx.sparse), dtype=soft.dtype)
+            total = sums.to(threshold.dtype)
+        else:
+            slope = torch.ops.aten.sigmoid_backward(grad * lsb, soft)
+            if ctx.sparse:
+                slope.mul_(_above(soft, inclusive=True))
+            to_high, to_low = torch.add(grad, slope, alpha=STEEPNESS / 3), grad * _above(soft)
+            both, total = torch.add(to_high, to_low, alpha=0.5), slope.sum_to_size(threshold.shape)
         grad_q = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_q = _grad_input(torch.add(to_high, to_low, alpha=0.5), high, weight * (2 / 3), ctx.window)
+            grad_q = _grad_input(both, high, weight * (2 / 3), ctx.window)
         if ctx.needs_input_grad[1]:
             grad_w = _grad_weight(to_high, high, weight, ctx.window).mul_(2 / 3)
             grad_w.add_(_grad_weight(to_low, low, weight, ctx.window), alpha=1 / 3)
-        return grad_q, grad_w, slope.sum_to_size(threshold.shape).mul_(-STEEPNESS / 3), None, None, None, None, None
+        return grad_q, grad_w, total.mul_(-STEEPNESS / 3), None, None, None, None, None
 
 
 class _GatedReal(Function):
@@ -116,8 +136,9 @@ class _GatedReal(Function):
         mask = _above(soft)
         ctx.save_for_backward(q, high, weight, threshold, full - msb, soft, mask)
         ctx.window, ctx.clip, ctx.sparse = window, clip, sparse
-        ctx.mark_non_differentiable(mask)
-        return ((1 - mask) * msb).add_(mask * full), mask
+        count = mask.sum((2, 3)).long().sum()
+        ctx.mark_non_differentiable(count)
+        return ((1 - mask) * msb).add_(mask * full), count
 
     @staticmethod
     @once_differentiable
@@ -212,10 +233,10 @@ class FractionalConv2d(Layer, nn.Module):
         window = (self.stride, self.padding, self.dilation, self.groups)
         planes = third_planes(q.detach())
         if planes is None or self.clip < 1:
-            y, mask = _GatedReal.apply(q, self.quant_weight(), self.threshold, window, self.clip, self.sparse)
+            y, count = _GatedReal.apply(q, self.quant_weight(), self.threshold, window, self.clip, self.sparse)
         else:
-            y, mask = _Gated.apply(q, self.quant_weight(), self.threshold, *planes, window, self.sparse, not self.real_weights)
-        self.num_out, self.num_high = mask.numel(), mask.sum((2, 3)).long().sum()
+            y, count = _Gated.apply(q, self.quant_weight(), self.threshold, *planes, window, self.sparse, not self.real_weights)
+        self.num_out, self.num_high = y.numel(), count
         return y
 
     def lower(self, g: Any, x: Any) -> Any:

@@ -9,20 +9,31 @@ from torch.autograd.function import once_differentiable
 
 from quantlib.layers._base import Example, Layer
 from quantlib.layers.fixed_point import FixedPoint
-from quantlib.quantizers import in_float32
+from quantlib.quantizers import in_float32, kernels
 
 
 class _RPReLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift_x: Tensor, slope: Tensor, shift_y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, shift_x, slope)
+        ctx.places = kernels.places(x, slope.numel()) if slope.numel() > 1 and kernels.fit(x, shift_x, slope, shift_y) else None
+        if ctx.places is not None:
+            y = torch.empty_like(x)
+            kernels.call("rprelu", x, shift_x, slope, shift_y, y, *ctx.places, dtype=x.dtype)
+            return y
         u = x + shift_x
-        ctx.save_for_backward(u, slope)
         return u.clamp_min(0).add_(u.clamp_max(0).mul_(slope)).add_(shift_y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        u, slope = ctx.saved_tensors
+        x, shift_x, slope = ctx.saved_tensors
+        if ctx.places is not None:
+            dx, sums = torch.empty_like(x), torch.empty(3, *slope.shape, dtype=torch.float64)
+            kernels.call("rprelu_back", x, shift_x, slope, kernels.alike(grad, x), dx, sums, *ctx.places, dtype=x.dtype)
+            to_shift_x, to_slope, to_shift_y = sums.to(slope.dtype)
+            return dx, to_shift_x, to_slope, to_shift_y
+        u = x + shift_x
         positive = torch.ops.aten.threshold_backward(grad, u, 0)
         negative = grad - positive
         grad_slope = (negative * u).sum_to_size(slope.shape)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from quantlib.quantizers import kernels
 from quantlib.quantizers.functions import in_float32
 from quantlib.quantizers.injectors import OwnScaleProxy, Quantized, RoundsToNearest, _TensorQuant
 
@@ -152,6 +153,11 @@ class _DividedClip(Function):
         ctx.save_for_backward(x, coef)
         ctx.range = output_range
         clip = coef.abs()
+        ctx.kernel = coef.numel() == 1 and kernels.fit(x, coef) and kernels.places(x, 1) is not None
+        if ctx.kernel and bits != REAL:
+            y = torch.empty_like(x)
+            kernels.call("divided_clip", x, y, x.numel(), clip, 2**bits - 1, output_range / (2**bits - 1), dtype=x.dtype)
+            return y
         u = x.clamp_min(0).minimum(clip).div_(clip)
         if bits == REAL:
             return u.mul_(output_range)
@@ -162,6 +168,11 @@ class _DividedClip(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, coef = ctx.saved_tensors
         clip = coef.abs()
+        if ctx.kernel:
+            dx, sums = torch.empty_like(x), torch.empty(coef.shape, dtype=torch.float64)
+            factors = (-2 / clip, -ctx.range / (2 * clip))
+            kernels.call("divided_clip_back", x, kernels.alike(grad, x), dx, sums, x.numel(), clip, *factors, dtype=x.dtype)
+            return dx, sums.to(coef.dtype) * (ctx.range / 2) * coef.sign() / clip, None, None
         above = (x - clip).sign_()
         dcoef = None
         if ctx.needs_input_grad[1]:

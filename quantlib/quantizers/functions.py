@@ -4,7 +4,8 @@ Conventions decided here once:
 - rounding is half to even unless a function says otherwise; integers come from dividing by the scale, not from multiplying by its inverse;
 - the sign of 0 is 0, as published, unless `zero` says otherwise; NaN stays NaN;
 - under autocast 16-bit inputs are taken to float32 first (`in_float32`), so that values lie on the grid; else dtypes are kept;
-- memory layout (channels last or first) of the input is kept; gradients are first-order only.
+- memory layout (channels last or first) of the input is kept; gradients are first-order only;
+- where a function has a compiled kernel (`kernels`), that and the tensor operations beside it give the same values.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from quantlib.quantizers import kernels
 
 Gradient = Literal["2019", "brevitas"]
 
@@ -89,6 +92,10 @@ class _QuantSign(Function):
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(x)
         d = 2.0 / (2**bits - 1)
+        if kernels.fit(x) and kernels.places(x, 1):
+            y = torch.empty_like(x)
+            kernels.call("quant_sign", x, y, x.numel(), d, dtype=x.dtype)
+            return y
         return x.clamp(-1, 1).add_(1).div_(d).round_().mul_(d).sub_(1)
 
     @staticmethod
@@ -119,11 +126,33 @@ def quant_sign(x: Tensor, bits: int = 2) -> Tensor:
 # --- max-abs weights -----------------------------------------------------------------------------------------------------------------
 
 
+def _kernel_group(w: Tensor, channel: int | None) -> int | None:
+    """How a kernel finds the logical order within a row of w: 1, or the places of a kernel window where channels come last; None: not."""
+    if channel not in (None, 0) or not kernels.fit(w):
+        return None
+    if w.is_contiguous():
+        return 1
+    if channel == 0 and w.dim() == 4 and w.is_contiguous(memory_format=torch.channels_last):
+        return w.shape[2] * w.shape[3]
+    return None
+
+
 class _MaxAbs(Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, top: float, min_scale: float, channel: int | None) -> tuple[Tensor, Tensor]:
-        rows = w.reshape(1, -1) if channel is None else w.movedim(channel, 0).reshape(w.shape[channel], -1)
-        largest, where = rows.abs().max(1)
+        ctx.top, ctx.channel = top, channel
+        group = _kernel_group(w, channel)
+        ctx.kernel = group is not None
+        if group is not None:
+            rows = 1 if channel is None else w.shape[0]
+            value = torch.empty_like(w)
+            scale = w.new_empty([] if channel is None else [rows, *[1] * (w.dim() - 1)])
+            where = torch.empty(rows, dtype=torch.int64)
+            kernels.call("max_abs", w, value, scale, where, rows, w.numel() // rows, group, top, min_scale, dtype=w.dtype)
+            ctx.save_for_backward(w, value, scale, where)
+            return value, scale
+        flat_rows = w.reshape(1, -1) if channel is None else w.movedim(channel, 0).reshape(w.shape[channel], -1)
+        largest, where = flat_rows.abs().max(1)
         scale = largest.clamp_min(min_scale) / top
         shape = [1] * w.dim()
         if channel is not None:
@@ -131,13 +160,17 @@ class _MaxAbs(Function):
         scale = scale.reshape(shape)
         value = (w / scale).round_().clamp_(-top, top).mul_(scale)
         ctx.save_for_backward(w, value, scale, where)
-        ctx.top, ctx.channel = top, channel
         return value, scale if channel is not None else scale.reshape(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, None, None, None]:
         w, value, scale, where = ctx.saved_tensors
+        if ctx.kernel:
+            dw, rows, grad = torch.empty_like(w), len(where), kernels.alike(grad, w)
+            of_scale = None if grad_scale is None else grad_scale.contiguous()
+            kernels.call("max_abs_back", w, value, scale, where, grad, of_scale, dw, rows, w.numel() // rows, ctx.top, dtype=w.dtype)
+            return dw, None, None, None
         share = (grad * (value - w)).sum_to_size(scale.shape) / scale
         if grad_scale is not None:
             share = share + grad_scale.reshape(scale.shape)
@@ -196,38 +229,62 @@ def _inside(lo: int, hi: int, gradient: Gradient, like: Tensor) -> tuple[float, 
     return below if lo % 2 else _next(below, -math.inf, like), above if hi % 2 else _next(above, math.inf, like)
 
 
+def _scale_places(x: Tensor, scale: Tensor) -> kernels.Places | None:
+    """How the kernels see x beside one scale, or one per channel (1, C, 1, ...); None where they do not."""
+    one = scale.numel() == 1
+    if not (one or scale.shape == (1, scale.numel(), *[1] * (x.dim() - 2))) or not kernels.fit(x, scale):
+        return None
+    return kernels.places(x, scale.numel())
+
+
 class _LearnedScale(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient) -> Tensor:
-        u = x / scale
-        value = u.round().clamp_(lo, hi).mul_(scale)
-        ctx.save_for_backward(u, value, scale)
-        ctx.range = (lo, hi, gradient)
-        return value
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient, relu: bool) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.range = (lo, hi, gradient, relu)
+        places = ctx.places = _scale_places(x, scale)
+        if places is not None:
+            value = torch.empty_like(x)
+            kernels.call("learned_scale", x, scale, value, *places, lo, hi, dtype=x.dtype)
+            return value
+        u = (x.clamp_min(0) if relu else x) / scale
+        return u.round_().clamp_(lo, hi).mul_(scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        u, value, scale = ctx.saved_tensors
-        lo, hi, gradient = ctx.range
-        dx = torch.ops.aten.hardtanh_backward(grad, u, *_inside(lo, hi, gradient, u))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        x, scale = ctx.saved_tensors
+        lo, hi, gradient, relu = ctx.range
+        inside = _inside(lo, hi, gradient, x)
+        if ctx.places is not None:
+            dx, sums = torch.empty_like(x), torch.empty(scale.shape, dtype=torch.float64)
+            floor = 0.0 if relu else -math.inf
+            kernels.call(
+                "learned_scale_back", x, scale, kernels.alike(grad, x), dx, sums, *ctx.places, lo, hi, *inside, floor, dtype=x.dtype
+            )
+            return dx, sums.to(scale.dtype), None, None, None, None
+        u = (x.clamp_min(0) if relu else x) / scale
+        dx = torch.ops.aten.hardtanh_backward(grad, u, *inside)
+        if relu:
+            dx = torch.ops.aten.threshold_backward(dx, x, 0)
         ds = None
         if ctx.needs_input_grad[1]:
+            code = u.round().clamp_(lo, hi)
             if scale.numel() == 1:
-                ds = (_dot(grad, value) / scale.reshape(()) - _dot(dx, u)).reshape(scale.shape)
+                ds = (_dot(grad, code) - _dot(dx, u)).reshape(scale.shape)
             else:
-                ds = (grad * value).sum_to_size(scale.shape) / scale - (dx * u).sum_to_size(scale.shape)
-        return dx, ds, None, None, None
+                ds = (grad * code).sum_to_size(scale.shape) - (dx * u).sum_to_size(scale.shape)
+        return dx, ds, None, None, None, None
 
 
-def learned_scale(x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient = "2019") -> Tensor:
+def learned_scale(x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient = "2019", relu: bool = False) -> Tensor:
     """Uniform quantizer with a given, usually learned, scale.
 
-    Forward:   u = x / s; code = rne(u) clipped to [lo, hi]; value = code * s
+    Forward:   u = x / s; code = rne(u) clipped to [lo, hi]; value = code * s. relu: max(x, 0) in the place of x
     Gradient:  inside: dx = g, ds = g * (code - u); outside: dx = 0, ds = g * lo or g * hi; ds is summed over what s does not span.
                gradient="2019" (clip, then round): inside is lo <= u <= hi.
                gradient="brevitas" (round, then clip, as Brevitas 0.13): inside is lo <= rne(u) <= hi.
-               In float32 the two sums of ds cancel: relative error up to about 4e-5.
+               relu: dx = 0 besides where x <= 0. Without a kernel the two sums of ds cancel in float32: relative error up to 4e-5.
     Shapes:    x any; s () or broadcastable, e.g. (1, C, 1, 1) for x (N, C, H, W)
     Ranges:    unsigned b bits: 0..2^b - 1, signed: -2^(b-1)..2^(b-1) - 1
     Source:    MicroNet 2019 submission of quantised ProxylessNAS, QuantReLU / QuantHardTanh with a learned log2 scale:
@@ -238,7 +295,7 @@ def learned_scale(x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient
     """
     if gradient not in ("2019", "brevitas"):
         raise ValueError(f'gradient must be "2019" or "brevitas", got {gradient!r}')
-    return _LearnedScale.apply(in_float32(x), scale, int(lo), int(hi), gradient)
+    return _LearnedScale.apply(in_float32(x), scale, int(lo), int(hi), gradient, bool(relu))
 
 
 # --- fixed point ---------------------------------------------------------------------------------------------------------------------

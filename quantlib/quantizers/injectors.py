@@ -19,6 +19,7 @@ from brevitas.core.restrict_val import FloatRestrictValue
 from brevitas.inject import ExtendedInjector
 from brevitas.inject.enum import FloatToIntImplType, RestrictValueType, ScalingPerOutputType
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
+from brevitas.proxy.runtime_quant import FusedActivationQuantProxy
 from brevitas.quant import (
     Int8ActPerTensorFloatMinMaxInit,
     Int8WeightPerChannelFloat,
@@ -112,9 +113,16 @@ class LearnedScaleQuant(_TensorQuant):
         self.scaling_impl = before.scaling_impl if isinstance(before, LearnedScaleQuant) else scaling_impl
         self.register_buffer("threshold", torch.tensor(float(-self.lo if signed else self.hi)), persistent=False)
 
-    def forward(self, x: Tensor) -> Quantized:
+    def forward(self, x: Tensor, relu: bool = False) -> Quantized:
         scale = self.scaling_impl(x, self.threshold)
-        return learned_scale(x, scale, self.lo, self.hi, self.gradient), scale, self.zero_point, self.bit_width
+        return learned_scale(x, scale, self.lo, self.hi, self.gradient, relu), scale, self.zero_point, self.bit_width
+
+
+class _ReLUInside(FusedActivationQuantProxy):
+    """ReLU and quantizer in one function; `activation_impl` stays for what runs or exports it alone."""
+
+    def forward(self, x: Tensor) -> Quantized:
+        return self.tensor_quant(x, relu=True)  # type: ignore[no-any-return]
 
 
 class OwnScaleProxy(ActQuantProxyFromInjector):
@@ -126,6 +134,9 @@ class OwnScaleProxy(ActQuantProxyFromInjector):
     def init_tensor_quant(self) -> None:
         self.quant_injector = self.quant_injector.let(proxy_module=self)
         super().init_tensor_quant()
+        fused = self.fused_activation_quant_proxy
+        if isinstance(fused.tensor_quant, LearnedScaleQuant) and type(fused.activation_impl) is nn.ReLU:
+            self.fused_activation_quant_proxy = _ReLUInside(fused.activation_impl, fused.tensor_quant)
 
     @property
     def export_handler(self) -> nn.Module | None:

@@ -39,11 +39,9 @@ void each(const void* from, void* to, i64 n, i64 threads, F f) {
     });
 }
 
-/// The runs of a map: f(begin, count, channel) where one channel's elements lie together.
-/// Rows of channels (inner 1) and planes of one channel are the two cases that the callers tell apart.
+/// Sizes of a map: rows of channels (inner 1) and planes of one channel each are the two cases below.
 struct Map {
     i64 outer, channels, inner;
-    i64 size() const { return outer * channels * inner; }
 };
 
 /// Sums over a map, `S` of them per channel. body(i, c, sums) adds the terms of element i of channel c to sums[0..S).
@@ -165,12 +163,11 @@ void learned_scale_back(const void* from, const void* scale, const void* grad, v
     T* __restrict dx = static_cast<T*>(to);
     const T lo = T(lo_), hi = T(hi_), below = T(below_), above = T(above_), floor = T(floor_);
     reduce<T, 1>(m, sums, threads, [=](i64 i, i64 c, T* term) {
-        const T v = least(x[i], floor), u = v / s[c];  // floor: 0 behind a ReLU, else -infinity
+        const T u = least(x[i], floor) / s[c];  // floor: 0 behind a ReLU, else -infinity
         const T code = most(least(std::rint(u), lo), hi);
-        const bool inside = (u > below) & (u < above);
-        const T through = inside ? g[i] : T(0);
-        dx[i] = through;
-        term[0] = g[i] * (inside ? code - u : code);
+        const bool outside = (u <= below) | (u >= above) | (x[i] <= floor);
+        dx[i] = outside ? T(0) : g[i];
+        term[0] = g[i] * (outside ? code : code - u);
     });
 }
 
@@ -403,11 +400,11 @@ KERNEL void ql_learned_scale_back(i64 wide, const void* x, const void* s, const 
     wide ? learned_scale_back<double>(x, s, g, dx, sums, {o, c, n}, lo, hi, below, above, floor, threads)
          : learned_scale_back<float>(x, s, g, dx, sums, {o, c, n}, lo, hi, below, above, floor, threads);
 }
-KERNEL void ql_max_abs(i64 wide, const void* w, void* y, void* s, i64* where, i64 rows, i64 size, i64 group, double top, double smallest) {
+KERNEL void ql_max_abs(i64 wide, const void* w, void* y, void* s, i64* where, i64 rows, i64 size, i64 group, double top, double smallest, i64) {
     wide ? max_abs<double>(w, y, s, where, rows, size, group, top, smallest) : max_abs<float>(w, y, s, where, rows, size, group, top, smallest);
 }
 KERNEL void ql_max_abs_back(i64 wide, const void* w, const void* y, const void* s, const i64* where, const void* g, const void* gs, void* dw,
-                            i64 rows, i64 size, double top) {
+                            i64 rows, i64 size, double top, i64) {
     wide ? max_abs_back<double>(w, y, s, where, g, gs, dw, rows, size, top) : max_abs_back<float>(w, y, s, where, g, gs, dw, rows, size, top);
 }
 KERNEL void ql_rprelu(i64 wide, const void* x, const void* a, const void* k, const void* b, void* y, i64 o, i64 c, i64 n, i64 threads) {
