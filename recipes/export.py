@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import quantlib as ql
 import zoo
 from quantlib import parts
+from quantlib.capture import CaptureError
 from quantlib.hls import Deadlock, ExportError, Project
 from quantlib.io import foldings
 from quantlib.io.foldings import FoldingFileError
@@ -42,7 +43,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
 CHECKS = ("fast", "fifo", "timed", "none")
-REFUSED = (zoo.ZooError, zoo.CheckpointError, ql.ConversionError, GraphFileError, FoldingFileError, DataError, ExportError, Deadlock)
+REFUSED = (zoo.ZooError, zoo.CheckpointError, CaptureError, GraphFileError, FoldingFileError, DataError, ExportError, Deadlock)
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,18 @@ SETTINGS: dict[str, dict[str, tuple[str, str]]] = {
 
 
 def parse_bits(bits: Bits, layers: int, option: str) -> tuple[int, ...]:
-    """A digit string or a list, one entry for each layer, or one number for all of them, as integers.
+    """A digit string (or the number of those digits, as command lines give it) or a list, one entry for each layer, or one number for all
+    of them, as integers.
 
     ValueError names the option and the position of what is wrong.
 
     >>> parse_bits("8444", 4, "weight_bits"), parse_bits([8, 4, 4, 32], 4, "weight_bits"), parse_bits(4, 3, "weight_bits")
     ((8, 4, 4, 4), (8, 4, 4, 32), (4, 4, 4))
+    >>> parse_bits(8444, 4, "weight_bits")
+    (8, 4, 4, 4)
     """
     if isinstance(bits, int):
-        bits = [bits] * layers
+        bits = str(bits) if bits > REAL else [bits] * layers
     if len(bits) != layers:
         raise ValueError(f"{option}={bits!r} has {len(bits)} entries; the network has {layers} such layers, conv0 to conv{layers - 1}")
     allowed = {*range(1, 9), *(() if isinstance(bits, str) else (REAL,))}

@@ -197,6 +197,7 @@ def test_wrong_options_name_the_place(name, options, message):
 def test_parsed_bits_stay_what_they_are():
     assert parse_bits((8, 4), 2, "weight_bits") == parse_bits("84", 2, "weight_bits") == parse_bits(np.array([8, 4]), 2, "") == (8, 4)
     assert parse_bits(4, 3, "weight_bits") == (4, 4, 4)
+    assert parse_bits(822222, 6, "weight_bits") == (8, 2, 2, 2, 2, 2)  # as a command line's NAME=VALUE gives it
     assert {type(b) for b in parse_bits(np.array([8, 4]), 2, "")} == {int}
 
 
