@@ -42,6 +42,7 @@ class Layer:
 
     x: tuple[int, int, int]
     y: tuple[int, int, int]
+    groups: int
     kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -55,12 +56,17 @@ class Layer:
     zero: int
     sum_bits: int
 
+    @property
+    def depthwise(self) -> bool:
+        """Every channel is a group of its own with one output."""
+        return self.groups == self.x[0] == self.y[0]
+
 
 _RANGES: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 
 
 def layer_of(op: Any, x: IntType, y: IntType) -> Layer:
-    """The layer of a Conv2d without groups or of a Dense."""
+    """The layer of a Conv2d or of a Dense."""
     if op not in _RANGES:
         _RANGES[op] = int(op.weight.min()), int(op.weight.max())
     low, high = _RANGES[op]
@@ -74,7 +80,7 @@ def layer_of(op: Any, x: IntType, y: IntType) -> Layer:
     if any(padding):  # 0 is among the values
         lo, hi, step = min(lo, 0), max(hi, 0), gcd(step, lo)
     step &= -step  # an index is found by a shift
-    return Layer(image, out, kernel, stride, (padding[0], padding[2]), dilation, any(padding), bits, low == -(2 ** (bits - 1)), lo, step,
+    return Layer(image, out, 1 if dense else op.groups, kernel, stride, (padding[0], padding[2]), dilation, any(padding), bits, low == -(2 ** (bits - 1)), lo, step,
                  max(((hi - lo) // step).bit_length(), 1), -lo // step if any(padding) else 0, y.bits)  # fmt: skip
 
 
@@ -82,6 +88,7 @@ def layer_of(op: Any, x: IntType, y: IntType) -> Layer:
 class Unit:
     """A layer on slices: pe output channels and simd input channels per cycle, of N columns and (in a "conv") all taps of a row.
 
+    In a depthwise layer pe channels, simd = 1.
     chain: products summed in the slices' adders before they are unpacked; trick: by the overlap trick.
     """
 
@@ -141,13 +148,23 @@ class Unit:
         return self.columns == self.taps == 1
 
     @property
+    def lanes(self) -> int:
+        """Channels per word of the input."""
+        return self.pe if self.layer.depthwise else self.simd
+
+    @property
+    def groups(self) -> int:
+        """Parts of a pixel that are read one after the other, each for output channels of its own."""
+        return self.layer.x[0] // self.pe if self.layer.depthwise else self.layer.groups
+
+    @property
     def blocks(self) -> int:
         return self.layer.y[0] // self.pe
 
     @property
     def steps(self) -> int:
         """Cycles per segment and block of output channels."""
-        return self.layer.kernel[0] * self.phases * self.layer.x[0] // self.simd
+        return self.layer.kernel[0] * self.phases * self.layer.x[0] // self.groups // self.lanes
 
     @property
     def words(self) -> int:
@@ -168,8 +185,9 @@ class Unit:
         return self.layer.y[1] * self.segments * self.blocks * self.steps
 
     def demand(self) -> tuple[np.ndarray]:
-        """The blocks of a segment need all its words."""
-        return (np.repeat(self.steps * np.arange(1, self.layer.y[1] * self.segments + 1), self.blocks),)
+        """The blocks of a group need all its words."""
+        groups = self.layer.y[1] * self.segments * self.groups
+        return (np.repeat(self.steps * np.arange(1, groups + 1), self.blocks // self.groups),)
 
     def emitted(self) -> list[int]:
         """Pixels that the segments of a row complete, one after the other."""
@@ -199,7 +217,8 @@ class Unit:
 
     def window(self, x: IntType) -> Window:
         """The window stage, or the one that cuts segments: its rows and paces are those of windows of kh x phases taps."""
-        return _window(self.layer, x, self.simd, self.phases, 1 if self.conv else self.layer.dilation[1], self.segments)
+        apart = 1 if self.conv else self.layer.dilation[1]
+        return _window(self.layer, x, self.lanes, self.groups, self.phases, apart, self.segments)
 
     @property
     def windowed(self) -> bool:
@@ -211,19 +230,19 @@ class Unit:
         """Of the slowest stage."""
         stages = [self.iterations]
         if self.windowed:
-            stages.append(_paced(self.layer, self.simd, self.phases, self.segments))
+            stages.append(_paced(self.layer, self.lanes, self.groups, self.phases, self.segments))
         return max(stages if self.alone else [*stages, self.reordered])
 
 
 @cache
-def _paced(layer: Layer, simd: int, phases: int, segments: int) -> int:
+def _paced(layer: Layer, lanes: int, groups: int, phases: int, segments: int) -> int:
     """Iterations of the stage in front."""
-    return _window(layer, IntType(layer.x, 0, 1), simd, phases, layer.dilation[1], segments).iterations
+    return _window(layer, IntType(layer.x, 0, 1), lanes, groups, phases, layer.dilation[1], segments).iterations
 
 
-def _window(layer: Layer, x: IntType, simd: int, phases: int, apart: int, segments: int) -> Window:
+def _window(layer: Layer, x: IntType, lanes: int, groups: int, phases: int, apart: int, segments: int) -> Window:
     padding, rows = (layer.padding[0], 0, layer.padding[1], 0), (layer.kernel[0], phases)
-    return Window(x, simd, 1, rows, layer.stride, padding, (layer.dilation[0], apart), (layer.y[1], segments))
+    return Window(x, lanes, groups, rows, layer.stride, padding, (layer.dilation[0], apart), (layer.y[1], segments))
 
 
 def unit_cost(u: Unit) -> Cost:
@@ -263,10 +282,10 @@ def packings(taps: int, weight_bits: int, lowest: bool, act_bits: int, dsp: str)
 
 def _usable(layer: Layer, dsp: str) -> Iterator[Packing]:
     """Packings of both schemes that the layer can fill: no more columns than a row has, no more channels than there are."""
-    taps = -(-layer.kernel[1] // layer.stride[1])
+    taps, outputs = -(-layer.kernel[1] // layer.stride[1]), 1 if layer.depthwise else layer.y[0] // layer.groups
     schemes = (taps, 1) if taps > 1 and layer.dilation[1] == 1 else (1,)
     for p in (p for t in schemes for p in packings(t, layer.weight_bits, layer.lowest, layer.act_bits, dsp)):
-        if p.acts <= layer.y[2] and (p.scheme == "conv" or p.weights <= layer.y[0]):
+        if p.acts <= layer.y[2] and (p.scheme == "conv" or p.weights <= outputs):
             yield p
 
 
@@ -289,27 +308,16 @@ def unit(layer: Layer, pe: int, simd: int, n: int, dsp: str) -> Unit:
     return min(found, key=lambda u: (u.cycles * u.slices, unit_cost(u).lut))
 
 
-def refusal(op: Any, x: IntType, y: IntType) -> str:
-    """Why no slice takes several products of this layer; empty where one does."""
-    if op.weight.ndim == 4 and op.groups > 1:
-        return f"its {op.groups} groups read different channels"
-    layer = layer_of(op, x, y)
-    if not any(columns(layer, dsp) for dsp in DSPS):
-        bits = f"{layer.weight_bits}-bit weights and {layer.act_bits}-bit activations"
-        return f"no slice holds two products of {bits} that the layer could use"
-    return ""
-
-
 def packed_folds(op: Any, x: IntType, y: IntType) -> tuple[dict[str, Folds], str]:
-    """The slices that take several products of the layer at once, with the legal foldings, and why there are none.
+    """The slices that take several products of the layer at once, with the legal foldings, and why others do not.
 
     taps of a folding are then the neighbouring columns that the unit works on per cycle, N.
     """
-    why = refusal(op, x, y)
-    if why:
-        return {}, why
     layer = layer_of(op, x, y)
-    return {dsp: Folds(layer.y[0], layer.x[0], taps) for dsp in DSPS if (taps := columns(layer, dsp))}, ""
+    limits = (layer.y[0], 1) if layer.depthwise else (layer.y[0] // layer.groups, layer.x[0] // layer.groups)
+    bits = f"{layer.weight_bits}-bit weights and {layer.act_bits}-bit activations"
+    why = f"no slice holds two products of {bits} that the layer could use"
+    return {dsp: Folds(*limits, taps) for dsp in DSPS if (taps := columns(layer, dsp))}, why
 
 
 def weight_table(op: Any, u: Unit, x: IntType) -> np.ndarray:
@@ -332,16 +340,16 @@ def packed_hls(op: Any, x: IntType, y: IntType, folding: Folding) -> Call:
     there are any. Iterations per image: those of `Unit`."""
     u = unit_of(op, x, y, folding)
     la, kernels = u.layer, list[Kernel]()
-    ends = Port(ctype(x), u.simd, x.numel // u.simd)
+    ends = Port(ctype(x), u.lanes, x.numel // u.lanes)
     index: tuple[int, int] = la.lo, la.step.bit_length() - 1
     if u.windowed:
         w = u.window(x)
         if u.alone:
             kernels.append(w.stage())
         else:
-            words = u.segments * u.steps * la.y[1]
-            cut = Port(f"ap_uint<{la.act_bits}>", u.columns * u.simd, words)
-            cuts = (*la.x[1:], w.parts, la.kernel[0], u.phases, *la.stride, la.padding[0], la.dilation[0], w.dilation[1], la.y[1],
+            words = la.y[1] * u.segments * u.groups * u.steps
+            cut = Port(f"ap_uint<{la.act_bits}>", u.columns * u.lanes, words)
+            cuts = (*la.x[1:], u.groups, w.parts, la.kernel[0], u.phases, *la.stride, la.padding[0], la.dilation[0], w.dilation[1], la.y[1],
                     u.segments, u.first * la.stride[1] - la.padding[1], *index, la.zero)  # fmt: skip
             kernels.append(Kernel("segments", "ql_packed.hpp", "ql::segments", cuts, (ends,), cut, w.iterations, w.demand))
             index = 0, 0  # done
@@ -369,7 +377,8 @@ def _arguments(u: Unit, magnitude: int) -> tuple[str | int, ...]:
     layout = (not u.conv, p.acts, p.weights, *fields, p.stride, p.act_bits, p.weight_bits, p.act_parts, p.weight_parts, u.chain, u.trick,
               p.act_port, p.weight_port, p.dsp.accumulator)  # fmt: skip
     packing = f"ql::Packing<{', '.join(str(v).lower() for v in layout)}>"
-    return packing, carrier(magnitude), u.layer.y[1], u.segments, u.blocks, u.steps, u.taps, u.kept
+    blocks = u.groups, u.blocks // u.groups
+    return packing, carrier(magnitude), u.layer.depthwise, u.layer.y[1], u.segments, *blocks, u.steps, u.taps, u.kept
 
 
 def _tables(op: Any, u: Unit, x: IntType) -> tuple[Table, ...]:
@@ -385,19 +394,19 @@ def packed_cost(op: Any, x: IntType, y: IntType, folding: Folding) -> Cost:
     u = unit_of(op, x, y, folding)
     la, bits = u.layer, u.kept * u.pe * u.layer.sum_bits
     cost = unit_cost(u) + memory(u.blocks * u.steps, u.simd * u.taps * la.weight_bits, folding.memory).times(u.pe)
-    cost += memory(u.steps, u.columns * u.simd * la.act_bits) + memory(u.blocks, u.pe * (u.taps - 1) * la.sum_bits)
+    cost += memory(u.steps, u.columns * u.lanes * la.act_bits) + memory(u.blocks, u.pe * (u.taps - 1) * la.sum_bits)
     cost += loop(u.iterations, bits)
     if la.lo:
-        cost += adder(la.act_bits).times(u.simd)
+        cost += adder(la.act_bits).times(u.lanes)
     if not u.windowed:  # it reads nothing while it makes further outputs of a pixel
         places = la.y[1] * la.y[2]
-        return cost + Cost(fill=1 / places, pause=(1 - 1 / u.blocks) / places)
+        return cost + Cost(fill=1 / places, pause=(1 - u.groups / u.blocks) / (places * u.groups))
     if u.alone:
-        return cost + window(x, y, la.kernel, la.stride, op.padding, la.dilation, u.simd, u.steps)
-    w, word = u.window(x), u.columns * u.simd * la.act_bits
+        return cost + window(x, y, la.kernel, la.stride, op.padding, la.dilation, u.lanes, u.steps)
+    w, word = u.window(x), u.columns * u.lanes * la.act_bits
     banks = u.columns * la.stride[1]
-    words = u.segments * u.steps  # per output row
-    held = memory(w.rows * -(-la.x[2] // banks) * w.parts, u.simd * la.act_bits).times(banks)
+    words = u.segments * u.groups * u.steps  # per output row
+    held = memory(w.rows * -(-la.x[2] // banks) * u.groups * w.parts, u.lanes * la.act_bits).times(banks)
     choice = Cost(lut=word * (1 + ceil(banks / 4) * (u.phases > 1)))  # of a bank, four per LUT, and of the padding
     last = sum(w.need(r) == la.x[1] for r in range(la.y[1])) * words
     cost += loop(w.iterations, word, w.need(0) / la.x[1], last / w.iterations) + held + choice + fifo(max(32, u.steps), word)

@@ -98,29 +98,31 @@ parts:
 #endif
 }
 
-// For each of LINES * SEGMENTS segments of an image: NF blocks of PE output channels from SF words of N columns x SIMD channels, which are read once
-// and held. A word of x becomes the index (x - LO) >> SHIFT; a sum of indices s becomes base + SCALE * s.
+// For each of LINES * SEGMENTS segments of an image and each of GROUPS groups: NF blocks of PE output channels from SF words of N columns x SIMD channels,
+// which are read once and held. EACH: output channel p of a block reads channel p alone. A value of x becomes the index (x - LO) >> SHIFT; a sum of
+// indices s becomes base + SCALE * s.
 //
 // A segment makes N + TAPS - 1 sums per channel, of which the last TAPS - 1 go on in the next segment of its line; each word written has the first E of
-// them, pixel by pixel, PE channels each. Row nf * SF + sf of the weights belongs to that iteration: words of K taps, those of a channel side by side,
-// or (OUTER) words of K channels. Iterations per image: LINES * SEGMENTS * NF * SF.
-template <typename P, typename A, unsigned LINES, unsigned SEGMENTS, unsigned NF, unsigned SF, unsigned TAPS, unsigned E, int64_t LO, unsigned SHIFT,
+// them, pixel by pixel, PE channels each. Row (g * NF + nf) * SF + sf of the weights belongs to that iteration: words of K taps, those of a channel side
+// by side, or (OUTER) words of K channels. Iterations per image: LINES * SEGMENTS * GROUPS * NF * SF.
+template <typename P, typename A, bool EACH, unsigned LINES, unsigned SEGMENTS, unsigned GROUPS, unsigned NF, unsigned SF, unsigned TAPS, unsigned E, int64_t LO, unsigned SHIFT,
           int SCALE, typename TI, typename TO, typename TW, typename TB, unsigned IN, unsigned OUT, unsigned ROWS, unsigned UNITS, unsigned SIMD,
           unsigned K, unsigned BASES, unsigned PE>
 void packed(hls::stream<Word<TI, IN>>& in, hls::stream<Word<TO, OUT>>& out, const TW (&weight)[ROWS][UNITS][SIMD][K], const TB (&base)[BASES][PE],
             unsigned images) {
-    static_assert(ROWS == NF * SF && K == P::K && IN == P::N * SIMD && OUT == E * PE, "one row of weights per iteration, one lane per value");
+    static_assert(ROWS == GROUPS * NF * SF && K == P::K && OUT == E * PE, "one row of weights per iteration of a segment");
+    static_assert(EACH ? SIMD == 1 && IN == P::N * PE : IN == P::N * SIMD, "one lane per value");
     static_assert(P::OUTER ? UNITS * K >= PE && TAPS == 1 : UNITS % PE == 0 && UNITS / PE * K >= TAPS, "words of weights for every channel and tap");
     const unsigned SPAN = P::N + TAPS - 1, SPILL = TAPS - 1, WORDS = P::OUTER ? 1 : UNITS / PE;
     Word<TI, IN> held[SF];
     A acc[PE][SPAN] = {};
-    A carry[NF][PE][SPILL ? SPILL : 1] = {};
+    A carry[GROUPS * NF][PE][SPILL ? SPILL : 1] = {};
 #pragma HLS AGGREGATE variable = held compact = bit
 #pragma HLS ARRAY_PARTITION variable = acc complete dim = 0
 #pragma HLS ARRAY_PARTITION variable = carry complete dim = 2
 #pragma HLS ARRAY_PARTITION variable = carry complete dim = 3
-    unsigned segment = 0, nf = 0, sf = 0, row = 0;
-    const unsigned total = images * LINES * SEGMENTS * NF * SF;
+    unsigned segment = 0, g = 0, nf = 0, block = 0, sf = 0, row = 0;
+    const unsigned total = images * LINES * SEGMENTS * GROUPS * NF * SF;
 products:
     for (unsigned i = 0; i < total; ++i) {
 #pragma HLS PIPELINE II = 1
@@ -135,7 +137,7 @@ products:
         if (sf == 0) {
             for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
-                for (unsigned f = 0; f < SPAN; ++f) acc[p][f] = segment && f < SPILL ? carry[nf][p][f < SPILL ? f : 0] : A(0);
+                for (unsigned f = 0; f < SPAN; ++f) acc[p][f] = segment && f < SPILL ? carry[block][p][f < SPILL ? f : 0] : A(0);
             }
         }
         unsigned channel = 0, tap = 0;  // of the word of weights
@@ -144,7 +146,16 @@ products:
 #pragma HLS UNROLL
             A y[P::FIELDS];
 #pragma HLS ARRAY_PARTITION variable = y complete
-            packed_dot<P>(x, weight[row][u], y);
+            if (EACH) {
+                A own[P::N];
+                for (unsigned n = 0; n < P::N; ++n) {
+#pragma HLS UNROLL
+                    own[n] = x[n * (IN / P::N) + channel];
+                }
+                packed_dot<P>(own, weight[row][u], y);
+            } else {
+                packed_dot<P>(x, weight[row][u], y);
+            }
             if (P::OUTER) {
                 for (unsigned j = 0; j < K && channel < PE; ++j, ++channel) {
 #pragma HLS UNROLL
@@ -168,47 +179,51 @@ products:
             Word<TO, OUT> word;
             for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
-                for (unsigned e = 0; e < E; ++e) word.v[e * PE + p] = TO(A(base[BASES == 1 ? 0 : nf][p]) + acc[p][e] * SCALE);
-                for (unsigned f = 0; f < SPILL; ++f) carry[nf][p][f] = acc[p][f + P::N];
+                for (unsigned e = 0; e < E; ++e) word.v[e * PE + p] = TO(A(base[BASES == 1 ? 0 : block][p]) + acc[p][e] * SCALE);
+                for (unsigned f = 0; f < SPILL; ++f) carry[block][p][f] = acc[p][f + P::N];
             }
             out.write(word);
+            ++block;
             if (++nf == NF) {
                 nf = 0;
-                row = 0;
-                if (++segment == SEGMENTS) segment = 0;
+                if (++g == GROUPS) {
+                    g = 0;
+                    block = row = 0;
+                    if (++segment == SEGMENTS) segment = 0;
+                }
             }
         }
     }
 }
 
 // The same where the index 0 means 0.
-template <typename P, typename A, unsigned LINES, unsigned SEGMENTS, unsigned NF, unsigned SF, unsigned TAPS, unsigned E, int64_t LO, unsigned SHIFT,
+template <typename P, typename A, bool EACH, unsigned LINES, unsigned SEGMENTS, unsigned GROUPS, unsigned NF, unsigned SF, unsigned TAPS, unsigned E, int64_t LO, unsigned SHIFT,
           int SCALE, typename TI, typename TO, typename TW, unsigned IN, unsigned OUT, unsigned ROWS, unsigned UNITS, unsigned SIMD, unsigned K>
 void packed(hls::stream<Word<TI, IN>>& in, hls::stream<Word<TO, OUT>>& out, const TW (&weight)[ROWS][UNITS][SIMD][K], unsigned images) {
 #pragma HLS INLINE
     const int none[1][OUT / E] = {};
-    packed<P, A, LINES, SEGMENTS, NF, SF, TAPS, E, LO, SHIFT, SCALE>(in, out, weight, none, images);
+    packed<P, A, EACH, LINES, SEGMENTS, GROUPS, NF, SF, TAPS, E, LO, SHIFT, SCALE>(in, out, weight, none, images);
 }
 
-// For each output row and each of its SEGMENTS segments of N columns, in the order (kernel row, phase, word of the pixel): column n of segment s and
+// For each output row and each of its SEGMENTS segments of N columns, in the order (group, kernel row, phase, word of the group): column n of segment s and
 // phase p is column FIRST + (s * N + n) * SW + p * APART of the image; outside of it values are OUTSIDE. Inside they become the index (x - LO) >> SHIFT.
-// Rows, fill and pace are those of `window`; SEGMENTS * KH * PHASES * PARTS words are written per output row. Iterations per image: G::iterations().
+// Rows, fill and pace are those of `window`; SEGMENTS * GROUPS * KH * PHASES * PARTS words are written per output row. Iterations per image: G::iterations().
 //
 // Columns lie in N * SW banks, so that those of a segment are read at once.
-template <unsigned H, unsigned W, unsigned PARTS, unsigned KH, unsigned PHASES, unsigned SH, unsigned SW, unsigned PT, unsigned DH, unsigned APART,
+template <unsigned H, unsigned W, unsigned GROUPS, unsigned PARTS, unsigned KH, unsigned PHASES, unsigned SH, unsigned SW, unsigned PT, unsigned DH, unsigned APART,
           unsigned OH, unsigned SEGMENTS, int FIRST, int64_t LO, unsigned SHIFT, int OUTSIDE, typename TI, typename TO, unsigned SIMD, unsigned LANES>
 void segments(hls::stream<Word<TI, SIMD>>& in, hls::stream<Word<TO, LANES>>& out, unsigned images) {
-    typedef Geometry<H, W, 1, PARTS, KH, PHASES, SH, SW, PT, 0, DH, 1, OH, SEGMENTS> G;
+    typedef Geometry<H, W, GROUPS, PARTS, KH, PHASES, SH, SW, PT, 0, DH, 1, OH, SEGMENTS> G;
     static_assert(LANES % SIMD == 0 && FIRST <= 0, "whole columns, from the image's first one on");
     const unsigned N = LANES / SIMD, BANKS = N * SW, ROWS = G::ROWS, COLUMNS = (W + unsigned(-FIRST) + BANKS - 1) / BANKS;
     const unsigned BANK = unsigned(-FIRST) % BANKS, PLACE = unsigned(-FIRST) / BANKS;  // of the image's first column
-    Word<TO, SIMD> rows[BANKS][ROWS][COLUMNS * PARTS];
+    Word<TO, SIMD> rows[BANKS][ROWS][COLUMNS * GROUPS * PARTS];
 #pragma HLS ARRAY_PARTITION variable = rows dim = 1 complete
 #pragma HLS AGGREGATE variable = rows compact = bit
     unsigned to_read = 0, to_write = 0, length = 0;  // of this phase: words and iterations
     unsigned read_share = 0, write_share = 0, step = 0;
     unsigned read_row = 0, read_slot = 0, bank = BANK, place = PLACE, read_col = 0, read_part = 0;  // where the next word goes
-    unsigned oy = 0, s = 0, u = 0, phase = 0, part = 0;
+    unsigned oy = 0, s = 0, g = 0, u = 0, phase = 0, part = 0;
     int base_row = 0, row = 0, base_col = 0, col = 0;  // col: that of lane 0
     unsigned base_slot = 0, slot = 0, turn = 0, turned = 0;  // lane 0 reads bank `turned` at place s + turn
     bool filling = false, start = true;
@@ -228,7 +243,7 @@ segments:
             read_row = read_slot = read_col = read_part = 0;
             bank = BANK;
             place = PLACE;
-            oy = s = u = phase = part = turn = turned = 0;
+            oy = s = g = u = phase = part = turn = turned = 0;
             base_row = row = -int(PT);
             base_col = col = FIRST;
             base_slot = slot = (ROWS - PT % ROWS) % ROWS;  // as in `window`
@@ -243,7 +258,7 @@ segments:
             for (unsigned b = 0; b < BANKS; ++b) {
 #pragma HLS UNROLL
                 const unsigned at = s + turn + (b < turned);
-                read[b] = rows[b][from][(at < COLUMNS ? at : 0) * PARTS + part];
+                read[b] = rows[b][from][((at < COLUMNS ? at : 0) * GROUPS + g) * PARTS + part];
             }
             Word<TO, LANES> word;
         columns:
@@ -273,13 +288,16 @@ segments:
                     if (slot >= ROWS) slot -= ROWS;
                     if (++u == KH) {
                         u = 0;
-                        base_col += int(BANKS);
-                        if (++s == SEGMENTS) {
-                            s = 0;
-                            base_col = FIRST;
-                            base_row += int(SH);
-                            base_slot += SH;
-                            if (base_slot >= ROWS) base_slot -= ROWS;
+                        if (++g == GROUPS) {
+                            g = 0;
+                            base_col += int(BANKS);
+                            if (++s == SEGMENTS) {
+                                s = 0;
+                                base_col = FIRST;
+                                base_row += int(SH);
+                                base_slot += SH;
+                                if (base_slot >= ROWS) base_slot -= ROWS;
+                            }
                         }
                         row = base_row;
                         slot = base_slot;
@@ -297,8 +315,8 @@ segments:
 #pragma HLS UNROLL
                 index.v[l] = TO((int64_t(x.v[l]) - LO) >> SHIFT);
             }
-            if (read_row < G::need(int(OH) - 1)) rows[bank][ROWS == H ? read_row : read_slot][place * PARTS + read_part] = index;
-            if (++read_part == PARTS) {
+            if (read_row < G::need(int(OH) - 1)) rows[bank][ROWS == H ? read_row : read_slot][place * GROUPS * PARTS + read_part] = index;
+            if (++read_part == GROUPS * PARTS) {
                 read_part = 0;
                 if (++bank == BANKS) {
                     bank = 0;
