@@ -36,6 +36,7 @@ class Kernel:
 
     iterations: loop iterations per image, which are its cycles at an initiation interval of 1.
     demand: for each input, an array with one entry per output word of an image: how many words of that input were read when it is written.
+    backlog: words it works on while the kernel before it in the same call writes none, beyond those it reads in one go.
     """
 
     label: str
@@ -47,6 +48,7 @@ class Kernel:
     iterations: int
     demand: Callable[[], tuple[Array, ...]]
     tables: tuple[Table, ...] = ()
+    backlog: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,9 @@ def lanes_up_to(limit: int, channels: int) -> int:
 
 
 def by_part(array: Array, channels: int, pe: int) -> Array:
-    """Constants (C or 1, ...) as the kernels index them: (parts or 1, pe or 1, ...)."""
+    """Constants (C or 1, ...) as the kernels index them: (parts or 1, pe, ...). Lanes that share them have a copy each: they read at once."""
     if len(array) == 1 and channels > 1:
-        return array[None]
+        return np.broadcast_to(array[None], (1, pe, *array.shape[1:]))
     return array.reshape(channels // pe, pe, *array.shape[1:])
 
 

@@ -16,7 +16,7 @@ def rearrange(op: object, x: IntType, y: IntType, index: np.ndarray, pe: int) ->
     def table() -> np.ndarray:
         place = np.empty(x.numel, dtype=np.int64)  # where the stream carries element i
         place[stream_order(np.arange(x.numel).reshape(x.shape))] = np.arange(x.numel)
-        return place[index[stream_order(np.arange(y.numel).reshape(y.shape))]].reshape(words_out, pe)
+        return np.stack(np.divmod(place[index[stream_order(np.arange(y.numel).reshape(y.shape))]], li), -1).reshape(words_out, pe, 2)
 
     return Kernel("", "rearrange.hpp", "ql::rearrange", (words_in, words_out), (port(x, li),), port(y, pe), words_in + words_out,
                   lambda: (np.full(words_out, words_in),), (Table("index", table),))  # fmt: skip

@@ -78,7 +78,7 @@ def bottleneck(plan: Plan) -> str:
         said += f" As slow {'is' if len(alike) == 1 else 'are'} {len(alike)} more: {names}."
     if rest:
         gain = f"{row.cost.cycles / rest[0].cost.cycles:.2f}"
-        said += f" The next one is {plain(rest[0].name)} with {rest[0].cost.cycles:,}: a faster bottleneck alone gains at most a factor of {gain}."
+        said += f" The next one is {plain(rest[0].name)} with {rest[0].cost.cycles:,}: a faster bottleneck alone gains at most {gain}-fold."
     short = max(shares(plan), key=lambda s: s[3], default=None)
     if short:
         said += f" The scarcest resource is {short[0]}: {short[3]:.0f} % of what may be used."

@@ -8,6 +8,10 @@ namespace ql {
 // PIXELS pixels of PARTS words; tables hold one entry for all channels or one per channel. Iterations per image: PIXELS * PARTS.
 template <typename A, unsigned PIXELS, unsigned PARTS, unsigned SHIFT, int LO, int STEP, typename D, typename TI, typename TO, unsigned PE, typename TF, unsigned K, unsigned CF, unsigned PF, typename TT, unsigned L, unsigned CT, unsigned PT, typename TS, unsigned CS, unsigned PS, typename... TN>
 void affine_join(hls::stream<Word<TI, PE>>& in, hls::stream<Word<TO, PE>>& out, const TF (&offset)[CF][PF][K], const TT (&thresholds)[CT][PT][L], const TS (&sign)[CS][PS], unsigned images, hls::stream<Word<TN, PE>>&... narrow) {
+#pragma HLS ARRAY_PARTITION variable = offset dim = 2 complete
+#pragma HLS ARRAY_PARTITION variable = thresholds dim = 2 complete
+#pragma HLS ARRAY_PARTITION variable = thresholds dim = 3 complete
+#pragma HLS ARRAY_PARTITION variable = sign dim = 2 complete
     unsigned part = 0;
     const unsigned total = images * PIXELS * PARTS;
 affine_join:
@@ -16,6 +20,7 @@ affine_join:
         QL_CYCLE();
         const Word<TI, PE> x = in.read();
         unsigned k[PE];
+#pragma HLS ARRAY_PARTITION variable = k dim = 1 complete
         for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
             k[p] = 0;

@@ -23,6 +23,7 @@ template <typename MERGE, typename A, unsigned VECTORS, unsigned GROUPS, unsigne
           unsigned PE, unsigned SIMD, typename TG>
 void gated_matvec(hls::stream<Word<TI, SIMD>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][PE][SIMD], const TG (&gate)[GROUPS * NF][PE],
                   unsigned images) {
+#pragma HLS ARRAY_PARTITION variable = gate dim = 2 complete
     static_assert(ROWS == GROUPS * NF * SF, "one row of weights per iteration");
     Word<TI, SIMD> held[SF];
     A high[PE], both[PE];

@@ -8,6 +8,9 @@ namespace ql {
 // PIXELS pixels of PARTS words; tables hold one entry for all channels or one per channel. Iterations per image: PIXELS * PARTS.
 template <typename A, unsigned PIXELS, unsigned PARTS, int LO, int STEP, typename D, typename TI, typename TO, unsigned PE, typename TT, unsigned K, unsigned L, unsigned CT, unsigned PT, typename TS, unsigned KS, unsigned CS, unsigned PS, typename... TN>
 void join(hls::stream<Word<TI, PE>>& in, hls::stream<Word<TO, PE>>& out, const TT (&thresholds)[CT][PT][K][L], const TS (&sign)[CS][PS][KS], unsigned images, hls::stream<Word<TN, PE>>&... narrow) {
+#pragma HLS ARRAY_PARTITION variable = thresholds dim = 2 complete
+#pragma HLS ARRAY_PARTITION variable = thresholds dim = 4 complete
+#pragma HLS ARRAY_PARTITION variable = sign dim = 2 complete
     unsigned part = 0;
     const unsigned total = images * PIXELS * PARTS;
 join:
@@ -16,6 +19,7 @@ join:
         QL_CYCLE();
         const Word<TI, PE> x = in.read();
         unsigned k[PE];
+#pragma HLS ARRAY_PARTITION variable = k dim = 1 complete
         for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
             k[p] = 0;

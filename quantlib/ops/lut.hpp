@@ -8,6 +8,7 @@ namespace ql {
 // PIXELS pixels of PARTS words; tables hold one entry for all channels or one per channel. Iterations per image: PIXELS * PARTS.
 template <typename A, unsigned PIXELS, unsigned PARTS, int LO_IN, typename TI, typename TO, unsigned PE, typename TT, unsigned L, unsigned CT, unsigned PT>
 void lut(hls::stream<Word<TI, PE>>& in, hls::stream<Word<TO, PE>>& out, const TT (&table)[CT][PT][L], unsigned images) {
+#pragma HLS ARRAY_PARTITION variable = table dim = 2 complete
     unsigned part = 0;
     const unsigned total = images * PIXELS * PARTS;
 lut:

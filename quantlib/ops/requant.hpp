@@ -8,6 +8,8 @@ namespace ql {
 // PIXELS pixels of PARTS words; tables hold one entry for all channels or one per channel. Iterations per image: PIXELS * PARTS.
 template <typename A, unsigned PIXELS, unsigned PARTS, unsigned SHIFT, int64_t LO, int64_t HI, bool KINK, typename TI, typename TO, unsigned PE, typename TF, unsigned CF, unsigned PF, unsigned NF>
 void requant(hls::stream<Word<TI, PE>>& in, hls::stream<Word<TO, PE>>& out, const TF (&factors)[CF][PF][NF], unsigned images) {
+#pragma HLS ARRAY_PARTITION variable = factors dim = 2 complete
+#pragma HLS ARRAY_PARTITION variable = factors dim = 3 complete
     unsigned part = 0;
     const unsigned total = images * PIXELS * PARTS;
 requant:

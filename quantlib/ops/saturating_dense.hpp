@@ -7,6 +7,7 @@ namespace ql {
 // PE results at a time, one input per cycle; the inputs are read once and held. Row nf * K + k of the weights. Iterations per image: NF * K.
 template <typename A, unsigned NF, unsigned K, unsigned SHIFT, int64_t LO, int64_t HI, typename TI, typename TO, typename TW, unsigned ROWS, unsigned PE, typename TB>
 void saturating_dense(hls::stream<Word<TI, 1>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][PE], const TB (&bias)[NF][PE], unsigned images) {
+#pragma HLS ARRAY_PARTITION variable = bias dim = 2 complete
     static_assert(ROWS == NF * K, "one row of weights per iteration");
     TI held[K];
     A acc[PE];

@@ -7,6 +7,7 @@ namespace ql {
 // Reads pixel n while it writes pixel n - 1. IN words in and OUT words out per pixel. Iterations per image: (PIXELS + 1) * max(IN, OUT).
 template <unsigned PIXELS, unsigned IN, unsigned OUT, typename T, unsigned N, unsigned M, typename TC>
 void select(hls::stream<Word<T, N>>& in, hls::stream<Word<T, M>>& out, const TC (&channels)[OUT][M], unsigned images) {
+#pragma HLS ARRAY_PARTITION variable = channels dim = 2 complete
     const unsigned LENGTH = Larger<IN, OUT>::value;
     T pixel[2][IN * N];
 #pragma HLS ARRAY_PARTITION variable = pixel complete dim = 0

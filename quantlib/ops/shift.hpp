@@ -11,6 +11,9 @@ template <unsigned H, unsigned W, unsigned PARTS, unsigned DELAY, unsigned SIZE,
           unsigned CC, unsigned PC>
 void shift(hls::stream<Word<T, PE>>& in, hls::stream<Word<TO, PE>>& out, const TY (&dy)[CC][PC], const TX (&dx)[CC][PC], const TD (&distance)[CC][PC],
            unsigned images) {
+#pragma HLS ARRAY_PARTITION variable = dy dim = 2 complete
+#pragma HLS ARRAY_PARTITION variable = dx dim = 2 complete
+#pragma HLS ARRAY_PARTITION variable = distance dim = 2 complete
     T line[PE][SIZE * PARTS];
 #pragma HLS ARRAY_PARTITION variable = line dim = 1 complete
     unsigned pixel = 0, part = 0, newest = 0, row = 0, col = 0;

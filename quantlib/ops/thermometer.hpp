@@ -9,6 +9,8 @@ namespace ql {
 template <typename A, unsigned PIXELS, unsigned PARTS, typename TI, typename TO, unsigned CHANNELS, unsigned PE, typename TC, typename TT>
 void thermometer(hls::stream<Word<TI, CHANNELS>>& in, hls::stream<Word<TO, PE>>& out, const TC (&source)[PARTS][PE], const TT (&thresholds)[PARTS][PE],
                  unsigned images) {
+#pragma HLS ARRAY_PARTITION variable = source dim = 2 complete
+#pragma HLS ARRAY_PARTITION variable = thresholds dim = 2 complete
     Word<TI, CHANNELS> x;
     unsigned part = 0;
     const unsigned total = images * PIXELS * PARTS;

@@ -8,6 +8,9 @@ namespace ql {
 // PIXELS pixels of PARTS words; tables hold one entry for all channels or one per channel. Iterations per image: PIXELS * PARTS.
 template <typename A, unsigned PIXELS, unsigned PARTS, int LO, int STEP, typename TI, typename TO, unsigned PE, typename TT, unsigned L, unsigned CT, unsigned PT, typename TS, unsigned CS, unsigned PS>
 void threshold(hls::stream<Word<TI, PE>>& in, hls::stream<Word<TO, PE>>& out, const TT (&thresholds)[CT][PT][L], const TS (&sign)[CS][PS], unsigned images) {
+#pragma HLS ARRAY_PARTITION variable = thresholds dim = 2 complete
+#pragma HLS ARRAY_PARTITION variable = thresholds dim = 3 complete
+#pragma HLS ARRAY_PARTITION variable = sign dim = 2 complete
     unsigned part = 0;
     const unsigned total = images * PIXELS * PARTS;
 threshold:

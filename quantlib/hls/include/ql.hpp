@@ -43,6 +43,14 @@ template <unsigned A, unsigned B> struct Larger {
     static const unsigned value = A > B ? A : B;
 };
 
+// The largest power of two that is at most N.
+template <unsigned N> struct Power {
+    static const unsigned value = 2 * Power<N / 2>::value;
+};
+template <> struct Power<1> {
+    static const unsigned value = 1;
+};
+
 // sum of x[i] * w[i], computed in A
 template <typename A, typename T, typename W, unsigned N> inline A dot(const T (&x)[N], const W (&w)[N]) {
 #pragma HLS INLINE
@@ -77,11 +85,8 @@ template <typename A, typename T, unsigned L> inline unsigned count(A v, const T
             reached += v >= A(t[k]);
         }
     } else {
-        unsigned bit = 1;
-    widest:
-        while (2 * bit <= L) bit *= 2;
     search:
-        for (; bit; bit /= 2) {
+        for (unsigned bit = Power<L>::value; bit; bit /= 2) {
 #pragma HLS UNROLL
             if (reached + bit <= L && v >= A(t[reached + bit - 1])) reached += bit;
         }
