@@ -190,9 +190,9 @@ def _processor() -> str:
 def export(graph: Graph, folder: str | os.PathLike[str], part: str = "xczu3eg", plan: Plan | None = None) -> Project:
     """Writes a complete HLS project for the graph and returns it.
 
-    plan: what `ql.estimate` returned for this graph (folding, FIFO depths, clock); None makes one for `part`. The folder holds include/,
-    params/ (one file per table), src/ (network, two tops, test bench, simulation), golden/, Makefile (`make csim`), project.tcl and
-    driver.py. An existing folder is replaced when it was written by export and refused, untouched, when it was not (ExportError); the
+    plan: what `ql.estimate` returned for this graph (folding, FIFO depths, clock); None makes one for `part`. The folder holds README.md,
+    report.html, include/, params/ (one file per table), src/ (network, two tops, test bench, simulation), golden/, Makefile (`make csim`),
+    scripts for the vendor's tools and driver.py. An existing folder is replaced when it was written by export and refused, untouched, when it was not (ExportError); the
     new one is complete before the old one goes. ValueError when the plan is for another graph.
     """
     from quantlib.schedule import estimate
@@ -225,28 +225,53 @@ def write(graph: Graph, target: Path, foldings: Mapping[str, Folding], depths: M
     check_folder(target)
     net = netlist.build(graph, foldings, depths)
     files = writer.project(graph, net, part, clock_ns, golden(graph), plan)
-    files[MANIFEST] = json.dumps({"tool": "quantlib", "graph": graph.name, "files": sorted(files)}, indent=1) + "\n"
+    install(files, target, graph.name)
+    return Project(graph, target, net)
+
+
+def install(files: dict[str, str | bytes], target: Path, name: str) -> None:
+    """Writes the files of a project for the network `name`, with their manifest, beside the target and puts them in its place at once.
+
+    An interruption leaves the old project, or no folder where there was none. What a killed process left beside it is swept up here.
+    """
+    files[MANIFEST] = json.dumps({"tool": "quantlib", "graph": name, "files": sorted(files)}, indent=1) + "\n"
+    if blocked := next((p for p in target.parents if p.exists() and not p.is_dir()), None):
+        raise ExportError(f"{target}: {blocked} is a file, not a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    begins = f".{target.name}.export-"
+    for left in [p for p in target.parent.iterdir() if p.name.startswith(begins)]:
+        if not _alive(left.name.removeprefix(begins).partition("-")[0]):
+            shutil.rmtree(left)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{begins}{os.getpid()}-"))
+    new, old = scratch / "new", scratch / "old"
     try:
-        for name, content in files.items():
-            path = scratch / name
+        for file, content in files.items():
+            path = new / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-        scratch.chmod(0o755)
         if target.exists():
-            if (target / "build").is_dir():  # compiled libraries are named by content, so they stay valid
-                os.replace(target / "build", scratch / "build")
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            os.replace(target, old / "project")
-            os.replace(scratch, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, target)
+            os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except BaseException:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        if (old / "build").is_dir():  # compiled libraries are named by content, so they stay valid
+            os.replace(old / "build", target / "build")
     finally:
-        if scratch.exists():
-            shutil.rmtree(scratch)
-    return Project(graph, target, net)
+        shutil.rmtree(scratch)
+
+
+def _alive(pid: str) -> bool:
+    """Whether a process of this number runs; a name without a number is not ours to judge."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        pass
+    return True
 
 
 def golden(graph: Graph) -> tuple[np.ndarray, dict[str, np.ndarray]]:
