@@ -192,8 +192,8 @@ def export(graph: Graph, folder: str | os.PathLike[str], part: str = "xczu3eg", 
 
     plan: what `ql.estimate` returned for this graph (folding, FIFO depths, clock); None makes one for `part`. The folder holds README.md,
     report.html, include/, params/ (one file per table), src/ (network, two tops, test bench, simulation), golden/, Makefile (`make csim`),
-    scripts for the vendor's tools and driver.py. An existing folder is replaced when it was written by export and refused, untouched, when it was not (ExportError); the
-    new one is complete before the old one goes. ValueError when the plan is for another graph.
+    scripts for the vendor's tools and driver.py. An existing folder is replaced when it was written by export and refused, untouched,
+    when it was not (ExportError); the new one is complete before the old one goes. ValueError when the plan is for another graph.
     """
     from quantlib.schedule import estimate
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -121,14 +124,14 @@ def test_foreign_folder_is_refused_and_untouched(nets: ModuleType, tmp_path: Pat
     graph, folding = nets.small()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / content).write_text("{}")
-    before = (tmp_path / "mine" / content).stat()
+    before = (tmp_path / "mine" / content).stat().st_mtime_ns
     with pytest.raises(ExportError, match="was not written by export"):
         project.write(graph, tmp_path / "mine", folding)
     with pytest.raises(ExportError, match="was not written by export"):
         ql.export(graph, tmp_path / "mine")
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
     assert [p.name for p in (tmp_path / "mine").iterdir()] == [content]
-    assert (tmp_path / "mine" / content).stat() == before
+    assert (tmp_path / "mine" / content).stat().st_mtime_ns == before and (tmp_path / "mine" / content).read_text() == "{}"
     with pytest.raises(ExportError, match="is no folder"):
         project.write(graph, tmp_path / "mine" / content, folding)
 
@@ -148,6 +151,69 @@ def test_export_again_replaces_and_keeps_what_was_compiled(nets: ModuleType, tmp
     project.write(graph, target, {**folding, "fc": project.Folding(2, 4)}).csim(x)
     assert len(list((target / "build").glob("*.so"))) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "over a project"])
+@pytest.mark.parametrize("where", ["write_bytes", "replace"])
+def test_an_error_on_the_way_leaves_what_was_there(
+    nets: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool, where: str
+) -> None:
+    graph, folding = nets.small()
+    target = tmp_path / "p"
+    if before:
+        project.write(graph, target, folding)
+    old, count = snapshot(tmp_path), 0
+    real: Any = Path.write_bytes if where == "write_bytes" else os.replace
+
+    def fails(source: Any, destination: Any) -> Any:
+        """The disk is full at the ninth file, or the new folder cannot be put in its place."""
+        nonlocal count
+        count += 1
+        if count == 9 or (where == "replace" and Path(source).name == "new"):
+            raise OSError("no space left on device")
+        return real(source, destination)
+
+    monkeypatch.setattr(*((Path, "write_bytes") if where == "write_bytes" else (os, "replace")), fails)
+    with pytest.raises(OSError, match="no space left"):
+        project.write(graph, target, {**folding, "fc": project.Folding(2, 4)})
+    monkeypatch.undo()
+    assert snapshot(tmp_path) == old and [p.name for p in tmp_path.iterdir()] == (["p"] if before else [])
+    assert project.write(graph, target, folding).folder == target
+
+
+def test_a_killed_export_leaves_nothing_half_written(nets: ModuleType, tmp_path: Path) -> None:
+    graph, folding = nets.small()
+    target = tmp_path / "p"
+    project.write(graph, target, folding)
+    old = snapshot(target)
+    child = os.fork()
+    if not child:  # dies at the ninth file, as by a power cut: nothing is tidied up
+        count = iter(range(100))
+        real = Path.write_bytes
+        Path.write_bytes = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if next(count) == 9 else real(*a)  # type: ignore
+        project.write(graph, target, {**folding, "fc": project.Folding(2, 4)})
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert snapshot(target) == old
+    assert len(list(tmp_path.iterdir())) == 2  # what the dead process wrote lies beside it, hidden
+    project.write(graph, target, folding)
+    assert [p.name for p in tmp_path.iterdir()] == ["p"] and snapshot(target) == old
+
+
+def test_files_in_the_way_and_foreign_plans(nets: ModuleType, tmp_path: Path) -> None:
+    graph, folding = nets.small()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ExportError, match="file exists and is no folder"):
+        ql.export(graph, tmp_path / "file")
+    with pytest.raises(ExportError, match="file is a file, not a folder"):
+        project.write(graph, tmp_path / "file" / "deep" / "p", folding)
+    with pytest.raises(ValueError, match="the schedule was made for another graph than hand_made"):
+        ql.export(graph, tmp_path / "p", plan=ql.estimate(nets.residual()[0]))
+    assert snapshot(tmp_path) == {"file": b"mine"}
 
 
 def test_missing_compiler_says_how_to_get_one(nets: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
