@@ -6,6 +6,7 @@ the edge's scale on the way. It shares no table with the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,12 +34,12 @@ def codes_and_noise(v: Tensor, known: Snap) -> tuple[Tensor, Tensor, Tensor, Ten
     return n, (units - n).abs(), scale, bias
 
 
-def replay_snapped(conversion: Conversion, real: Tensor) -> tuple[Any, dict[int, tuple[Tensor, Tensor]]]:
-    """The model's output on float64 images, and for every snapped value of the record its integers and its value before snapping.
+def replay_snapped(conversion: Conversion, real: Tensor, see: Callable[[int, Tensor, Tensor], None]) -> Any:
+    """The model's output on float64 images; `see` is called for every snapped value of the record with its number, its integers and its
+    value before snapping.
 
     Raises VerifyError when a value is off the grid of its edge.
     """
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def snap(index: int, v: Tensor) -> Tensor:
         known = conversion.snaps.get(index)
@@ -51,12 +52,11 @@ def replay_snapped(conversion: Conversion, real: Tensor) -> tuple[Any, dict[int,
                 f"{known.source}: a value is {float(moved.max()):.3g} steps off the grid of edge {known.edge}; the edge's scale is "
                 f"wrong, or the model has NaN"
             )
-        seen[index] = (n, v)
+        see(index, n, v)
         return scale * n + bias
 
     with torch.no_grad():
-        output, _ = conversion.record.replay(real, snap)
-    return output, seen
+        return conversion.record.replay(real, snap)
 
 
 def prove(conversion: Conversion, real: Tensor) -> None:
@@ -67,15 +67,19 @@ def prove(conversion: Conversion, real: Tensor) -> None:
     graph = conversion.graph
     snaps = {k: s for k, s in conversion.snaps.items() if s.edge in graph.by_name}
     values = evaluator.carriers(graph, evaluator.encode(graph, real), [s.edge for s in snaps.values()])
-    try:
-        _, seen = replay_snapped(conversion, real)
-    except VerifyError as error:
-        raise ConversionError(str(error)) from error
-    for index, known in snaps.items():
-        n = seen[index][0].long()
+
+    def compare(index: int, n: Tensor, _: Tensor) -> None:
+        known = snaps.get(index)
+        if known is None:
+            return
         differ = int((values[known.edge].reshape(n.shape) != n).sum())
         if differ:
             raise ConversionError(
                 f"{known.source}: {differ} of {n.numel()} integers of edge {known.edge} are not those of the model on a test image. "
                 "This is a defect of a lowering rule: please report the layer and what stands before it."
             )
+
+    try:
+        replay_snapped(conversion, real, compare)
+    except VerifyError as error:
+        raise ConversionError(str(error)) from error

@@ -201,7 +201,8 @@ def verify(model: nn.Module, graph: Graph, x: Any) -> Check:
     output_error, start = 0.0, 0
     for part, part_codes in zip(real.split(evaluator.CHUNK), codes.split(evaluator.CHUNK), strict=True):
         values = evaluator.execute(graph, part_codes, names)
-        output, expected = replay_snapped(conversion, part)
+        expected: dict[int, tuple[Tensor, Tensor]] = {}
+        output = replay_snapped(conversion, part, lambda index, n, v, seen=expected: seen.__setitem__(index, (n, v)))  # type: ignore[misc]
         plain64, plain32 = values_of(conversion.record.model, part), values_of(single, part.float())
         for index, known in snaps.items():
             n, v = expected[index]

@@ -9,7 +9,7 @@ from torch import Tensor
 from quantlib import ops
 from quantlib.ir import Grid, IntType
 from quantlib.tails.expressions import ConversionError, Edge, Map, evaluate, every, monotone, occurrences
-from quantlib.tails.multiply_shift import fit_between, fit_lines
+from quantlib.tails.multiply_shift import Slopes, fit_between, fit_lines
 from quantlib.tails.probing import by_probe, codes_of, compress, integers, real_along, real_of, snap_codes, units_of
 
 ENUMERATE = 4096  # integers of an interval that are always run one by one
@@ -32,13 +32,15 @@ def enumerated(value: Map, edge: Edge, grid: Grid) -> ops.Op:
         )
     n = integers(t)
     lines = grid.step == 1 and grid.levels - 1 > FEW_LEVELS and value.pre is not None and len(n) > 2
-    codes, units = _every_integer(value, edge, grid, n, narrow, lines)
+    probe = _Probe(value, edge, grid, n, narrow)
+    slopes = Slopes(n, channels) if lines else None
+    codes = probe.codes(slopes)
     if grid.levels - 1 <= FEW_LEVELS:
         rising, falling = directions(codes)
         if np.all(rising | falling):
             return threshold_op(codes, n, rising, grid, t)
-    if lines:
-        op = fit_lines(n, codes, units, grid)
+    if slopes is not None:
+        op = fit_lines(n, codes, *slopes.settle(probe.units), grid)
         if op is not None:
             return op
     rising, falling = directions(codes)
@@ -55,23 +57,42 @@ def enumerated(value: Map, edge: Edge, grid: Grid) -> ops.Op:
     return ops.Lut(table, t.lo, t.step, grid.step)
 
 
-def _every_integer(value: Map, edge: Edge, grid: Grid, n: np.ndarray, narrow: bool, lines: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (C, P) of all integers n (P,), and with `lines` the real values before the quantizer, in steps; C is 1 where narrow."""
-    channels = 1 if narrow else edge.shape[0]
-    codes = np.empty((channels, len(n)), dtype=np.int32 if max(-grid.lo, grid.hi) < 1 << 30 else np.int64)
-    units = np.empty((channels, len(n)) if lines else (0, 0))
-    codes_of(value, {edge.name: real_of(edge, n[:1, None], narrow)}, grid, narrow=narrow)  # refuses constants that change inside a channel
-    per_piece = max(1, PIECE // channels)
-    for start in range(0, len(n), per_piece):
-        piece = slice(start, start + per_piece)
-        env: dict[object, Tensor] = {edge.name: real_along(edge, n[piece], narrow)}
-        inner = {id(a): evaluate(a, env) for a in value.args}
-        real = [inner[id(a)] for a in value.args]
+class _Probe:
+    """Runs an expression on integers n (P,) of its edge, all channels at once, or one where all share one function (narrow)."""
+
+    def __init__(self, value: Map, edge: Edge, grid: Grid, n: np.ndarray, narrow: bool) -> None:
+        self.value, self.edge, self.grid, self.n, self.narrow = value, edge, grid, n, narrow
+        self.channels = 1 if narrow else edge.shape[0]
+        env: dict[object, Tensor] = {edge.name: real_of(edge, n[:1, None], narrow)}
+        codes_of(value, env, grid, narrow=narrow)  # refuses constants that change inside a channel
+
+    def _inner(self, start: int, stop: int) -> list[Tensor]:
+        env: dict[object, Tensor] = {self.edge.name: real_along(self.edge, self.n[start:stop], self.narrow)}
+        inner = {id(a): evaluate(a, env) for a in self.value.args}
+        return [inner[id(a)] for a in self.value.args]
+
+    def _units(self, real: list[Tensor]) -> np.ndarray:
+        assert self.value.pre is not None
+        return units_of(self.value, by_probe(self.value.pre(*real)), self.grid, self.narrow).T
+
+    def codes(self, slopes: Slopes | None) -> np.ndarray:
+        """The codes (C, P) of all integers, in the narrowest type; `slopes` sees the real values before the quantizer, in steps."""
+        value, grid, reach = self.value, self.grid, max(-self.grid.lo, self.grid.hi)
+        found = np.empty((self.channels, len(self.n)), dtype=np.int16 if reach < 1 << 15 else np.int32 if reach < 1 << 31 else np.int64)
+        size = max(1, PIECE // self.channels)
+        for start in range(0, len(self.n), size):
+            real = self._inner(start, start + size)
+            with torch.no_grad():
+                found[:, start : start + size] = snap_codes(value, by_probe(value.fn(*real)), grid, self.narrow).T
+                if slopes is not None:
+                    slopes.see(self._units(real))
+        return found
+
+    def units(self, start: int, stop: int) -> np.ndarray:
+        """The real values (C, stop - start) before the quantizer, in steps."""
+        real = self._inner(start, stop)
         with torch.no_grad():
-            codes[:, piece] = snap_codes(value, by_probe(value.fn(*real)), grid, narrow).T
-            if lines and value.pre:
-                units[:, piece] = units_of(value, by_probe(value.pre(*real)), grid, narrow).T
-    return codes, units
+            return self._units(real)
 
 
 def directions(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +110,7 @@ def thresholds_of(codes: np.ndarray, n: np.ndarray, rising: np.ndarray, grid: Gr
     """From codes (C, P) that are monotone in n (P,): thresholds (C, L) on sign * n, and sign (C, 1). Never true: one above the interval."""
     sign = np.where(rising, 1, -1)[:, None]
     channels = len(codes)
-    rows = (codes - grid.lo) // grid.step + grid.levels * np.arange(channels)[:, None]
+    rows = (codes.astype(np.int64) - grid.lo) // grid.step + grid.levels * np.arange(channels)[:, None]
     reached = np.bincount(rows.reshape(-1), minlength=channels * grid.levels).reshape(channels, -1)  # integers per code
     first = np.cumsum(reached, axis=1)[:, :-1]  # (C, L): how many lie below each level
     up, down = np.append(n, n[-1] + 1), np.append(-n[::-1], 1 - n[0])  # sign * n, ascending
