@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from math import ceil, gcd, log2, prod
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from quantlib.ir import IntType
+
+if TYPE_CHECKING:
+    from quantlib.schedule import Folding
 
 # A product of two words at least this wide goes to a DSP slice: below, LUTs are cheaper and DSPs are few.
 DSP_FROM_BITS = 6
@@ -171,28 +175,63 @@ def _rows(height: int, out: int, kernel: int, stride: int, before: int, dilation
     return (*(min(max(r * stride - before + (kernel - 1) * dilation + 1, 0), height) for r in range(out)), height)
 
 
-def window(
-    x: IntType, y: IntType, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], lanes: int,
-    burst: int = 0,
-) -> Cost:  # fmt: skip
-    """The stage that turns the image into windows, `lanes` channels per word; it reads the next rows while it writes the present one.
+Geometry = tuple[
+    Sequence[int], Sequence[int], Sequence[int], Sequence[int]
+]  # kernel, stride, padding (t, b, l, r), dilation, each (rows, columns)
 
-    burst: words that the stage behind it reads in one go, for which its FIFO has room.
 
-    cycles = fill + sum over output rows of max(words written, words read). A ring of image rows in one memory; nothing for 1 x 1 windows
-    side by side.
+def side_by_side(window: Geometry) -> bool:
+    """Whether the windows are the pixels themselves: then no stage makes them."""
+    kernel, stride, padding, _ = window
+    return tuple(kernel) == tuple(stride) == (1, 1) and not any(padding)
+
+
+def window(x: IntType, y: IntType, window: Geometry, lanes: int, taps: int = 1, burst: int = 0, passes: int = 1) -> Cost:
+    """The stage that turns the image into windows, `lanes` channels of `taps` positions per word; it reads the next rows while it writes
+    the present one. Nothing for windows side by side.
+
+    burst: words that the stage behind it reads in one go, for which its FIFO has room. passes: cycles that stage spends on a word; with
+    several, the FIFO also holds what it works on while this one only reads.
+
+    cycles = fill + sum over output rows of max(words fetched, words read). One position at a time comes from a ring of image rows in one
+    memory. A column or all of a window needs a memory per row and, for each row of the window, a choice among them: 4 rows per LUT and bit
+    (UG574, multiplexers). All of a window also keeps the columns between its first and its last in distributed RAM.
     """
-    if tuple(kernel) == tuple(stride) == (1, 1) and not any(padding):
+    if side_by_side(window):
         return Cost()
+    kernel, stride, padding, dilation = window
     channels, height, width = x.shape
     _, rows, cols = y.shape
     need = _rows(height, rows, kernel[0], stride[0], padding[0], dilation[0])
-    held = (kernel[0] - 1) * dilation[0] + 1 + stride[0]
-    line, written = width * channels // lanes, cols * kernel[0] * kernel[1] * channels // lanes
-    cycles = need[0] * line + sum(max(written, (b - a) * line) for a, b in zip(need[:-1], need[1:]))
-    pause = sum(n == height for n in need[:-1]) * written / cycles  # the last rows of windows are written when all is read
-    ring = memory(min(held, height) * line, lanes * x.bits)
-    return loop(cycles, lanes * x.bits, need[0] / height, pause) + ring + fifo(max(32, burst), lanes * x.bits)
+    live = min((kernel[0] - 1) * dilation[0] + 1 + stride[0], height)
+    pixel, line, bits = channels // lanes, width * channels // lanes, lanes * x.bits
+    fetched = cols * kernel[0] * kernel[1] * pixel // taps
+    if taps == 1:
+        store = memory(live * line, bits)
+    else:
+        store = memory(line, bits).times(live) + Cost(lut=ceil(live / 4) * kernel[0] * bits)
+    if taps == kernel[0] * kernel[1] and kernel[1] > 1:
+        span = (kernel[1] - 1) * dilation[1] + 1
+        fetched = ((cols - 1) * min(stride[1], span) + span) * pixel
+        column = kernel[0] * bits
+        store += (memory(pixel, column, "lut") if pixel > 1 else Cost(ff=column)).times(span - 1)
+    cycles = need[0] * line + sum(max(fetched, (b - a) * line) for a, b in zip(need[:-1], need[1:]))
+    silent = need[0] * line
+    if taps == kernel[0] * kernel[1]:
+        silent += (kernel[1] - 1) * dilation[1] * pixel
+    last = sum(n == height for n in need[:-1])  # rows of windows that are written when all is read
+    written = cols * kernel[0] * kernel[1] * pixel // taps * rows * passes
+    pause = last * fetched / cycles if written <= cycles else last / rows * (1 - silent / written)
+    waiting = fifo(max(32, burst + (ceil(silent / passes) if passes > 1 else 0)), taps * bits)
+    return loop(cycles, taps * bits, need[0] / height, pause) + store + waiting
+
+
+def windowed(x: IntType, y: IntType, geometry: Geometry, folding: Folding, unit: Cost) -> Cost:
+    """`unit` for each of pe channels behind their windows: y.numel/pe * kh*kw/taps cycles, or those of the window stage."""
+    steps = prod(geometry[0]) // folding.taps
+    return loop(y.numel // folding.pe * steps, folding.pe * y.bits) + unit.times(folding.pe) + window(
+        x, y, geometry, folding.pe, folding.taps, steps
+    )  # fmt: skip
 
 
 @cache

@@ -7,15 +7,27 @@ import numpy as np
 from quantlib.hls.call import Kernel, Port, Table
 
 
-def fold_weight(weight: np.ndarray, groups: int, pe: int, simd: int) -> np.ndarray:
-    """(O, I/groups, kh, kw) -> (rows, pe, simd), one row per iteration: group, block of pe outputs, then taps (row, column, channels)."""
+def in_words(weight: np.ndarray, simd: int, taps: int) -> np.ndarray:
+    """(O, I, kh, kw) -> (O, words of a window, taps * simd), in the order in which `Window` writes them."""
+    o, i, kh, kw = weight.shape
+    split = weight.reshape(o, i // simd, simd, kh, kw)  # output, part, channel, row, column
+    order = (0, 3, 4, 1, 2) if taps == 1 else (0, 4, 1, 3, 2) if taps == kh and kw > 1 else (0, 1, 4, 3, 2)
+    return split.transpose(order).reshape(o, -1, taps * simd)
+
+
+def fold_weight(weight: np.ndarray, groups: int, pe: int, simd: int, taps: int = 1) -> np.ndarray:
+    """(O, I/groups, kh, kw) -> (rows, pe, taps * simd), one row per iteration: group, block of pe outputs, word of the window."""
     o = weight.shape[0]
-    columns = weight.transpose(0, 2, 3, 1).reshape(groups, o // groups // pe, pe, -1, simd)
-    return columns.transpose(0, 1, 3, 2, 4).reshape(-1, pe, simd)
+    blocks = in_words(weight, simd, taps).reshape(groups, o // groups // pe, pe, -1, taps * simd)
+    return blocks.transpose(0, 1, 3, 2, 4).reshape(-1, pe, taps * simd)
 
 
 def matvec(number: str, vectors: int, groups: int, nf: int, sf: int, x: Port, y: Port, tables: tuple[Table, ...],
-           header: str = "conv2d.hpp", function: str = "ql::matvec", first: tuple[str, ...] = ()) -> Kernel:  # fmt: skip
-    """vectors * groups * nf * sf iterations per image; the nf results of a group need all its sf input words."""
+           header: str = "conv2d.hpp", function: str = "ql::matvec", first: tuple[str, ...] = (), silence: int = 0) -> Kernel:  # fmt: skip
+    """vectors * groups * nf * sf iterations per image; the nf results of a group need all its sf input words.
+
+    silence: iterations in which the kernel before it may write nothing; with nf = 1 that one is the slower and nothing waits.
+    """
+    backlog = -(-silence // nf) if nf > 1 else 0
     return Kernel("", header, function, (*first, number, vectors, groups, nf, sf), (x,), y, vectors * groups * nf * sf,
-                  lambda: (np.repeat(sf * np.arange(1, vectors * groups + 1), nf),), tables)  # fmt: skip
+                  lambda: (np.repeat(sf * np.arange(1, vectors * groups + 1), nf),), tables, backlog)  # fmt: skip

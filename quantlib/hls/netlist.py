@@ -178,8 +178,8 @@ class _Builder:
             if i == 0:  # the schedule speaks of the FIFOs as the node reads them
                 for v, depth in zip(ins, self.depths.get(node, ()), strict=False):
                     v.depth = max(v.depth, depth)
-            else:  # room for what the kernel reads in one go, while the one before it goes on
-                ins[0].depth = max(ins[0].depth, int(np.diff(kernel.demand()[0], prepend=0).max()))
+            else:  # room for what the kernel reads in one go, and works on while the one before it writes nothing
+                ins[0].depth = max(ins[0].depth, int(np.diff(kernel.demand()[0], prepend=0).max()) + kernel.backlog)
             last = i == len(call.kernels) - 1
             w = self.wire(node if last else f"{node}_{kernel.label}", kernel.output)
             stage = self.identifier(f"{node}_{kernel.label}" if kernel.label else f"{node}_stage")

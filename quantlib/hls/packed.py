@@ -402,7 +402,7 @@ def packed_cost(op: Any, x: IntType, y: IntType, folding: Folding) -> Cost:
         places = la.y[1] * la.y[2]
         return cost + Cost(fill=1 / places, pause=(1 - u.groups / u.blocks) / (places * u.groups))
     if u.alone:
-        return cost + window(x, y, la.kernel, la.stride, op.padding, la.dilation, u.lanes, u.steps)
+        return cost + window(x, y, (la.kernel, la.stride, op.padding, la.dilation), u.lanes, burst=u.steps)
     w, word = u.window(x), u.columns * u.lanes * la.act_bits
     banks = u.columns * la.stride[1]
     words = u.segments * u.groups * u.steps  # per output row

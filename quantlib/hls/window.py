@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantlib.hls.call import Kernel, port
+from quantlib.hls.call import Kernel, Port, ctype, port
 from quantlib.ir import IntType
+
+
+def taps_of(kernel: Sequence[int]) -> tuple[int, ...]:
+    """Window positions that a word may hold: one, a column of the window, all of it."""
+    return tuple(sorted({1, kernel[0], kernel[0] * kernel[1]}))
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,12 @@ class Window:
     its taps.
 
     kernel, stride, dilation are (rows, columns), padding is (t, b, l, r), out the number of windows (rows, columns).
-    Iterations per image: fill + sum over output rows r of max(OUT, reads(r)); nothing overlaps between images.
+    taps (one of `taps_of(kernel)`) window positions lie in one word of taps * lanes values:
+      1        words (group, row, column, part)
+      kh       a column per word, its rows one after the other: words (group, column, part)
+      kh * kw  a window per word, columns one after the other: words (group, part). Each column of the image is fetched once per output
+               row and kept in shift registers as long as windows need it.
+    Iterations per image: fill + sum over output rows r of max(fetches, reads(r)); nothing overlaps between images.
     """
 
     x: IntType
@@ -29,6 +39,7 @@ class Window:
     dilation: Sequence[int]
     out: Sequence[int]
     outside: int = 0
+    taps: int = 1
 
     @property
     def parts(self) -> int:
@@ -40,9 +51,31 @@ class Window:
         return self.x.shape[2] * self.groups * self.parts
 
     @property
-    def out_words(self) -> int:
-        """Words written per output row."""
-        return self.out[1] * self.groups * self.kernel[0] * self.kernel[1] * self.parts
+    def words(self) -> int:
+        """Words of one window."""
+        return self.groups * self.kernel[0] * self.kernel[1] * self.parts // self.taps
+
+    @property
+    def slides(self) -> bool:
+        """Whether columns are kept in shift registers."""
+        return self.kernel[1] > 1 and self.taps == self.kernel[0] * self.kernel[1]
+
+    @property
+    def span(self) -> int:
+        """Columns from the first to the last of a window."""
+        return (self.kernel[1] - 1) * self.dilation[1] + 1
+
+    @property
+    def step(self) -> int:
+        """Columns fetched between two windows: none twice, and none that no window needs."""
+        return min(self.stride[1], self.span)
+
+    @property
+    def fetches(self) -> int:
+        """Words taken from the line buffer per output row."""
+        if not self.slides:
+            return self.out[1] * self.words
+        return ((self.out[1] - 1) * self.step + self.span) * self.groups * self.parts
 
     def need(self, r: int) -> int:
         """Input rows output row r needs, counted from the top."""
@@ -57,8 +90,13 @@ class Window:
         return self.need(0) * self.row_words
 
     @property
+    def silence(self) -> int:
+        """Most iterations without a write while input is at hand: the fill, and the first columns of a row."""
+        return self.fill + (self.span - 1) * self.groups * self.parts * self.slides
+
+    @property
     def iterations(self) -> int:
-        return self.fill + sum(max(self.out_words, self.reads(r)) for r in range(self.out[0]))
+        return self.fill + sum(max(self.fetches, self.reads(r)) for r in range(self.out[0]))
 
     @property
     def rows(self) -> int:
@@ -66,12 +104,19 @@ class Window:
         return min((self.kernel[0] - 1) * self.dilation[0] + 1 + self.stride[0], self.x.shape[1])
 
     def demand(self) -> tuple[np.ndarray]:
-        """In the phase of an output row, writes and reads are spread evenly; in one iteration the write comes before the read."""
+        """In the phase of an output row, fetches and reads are spread evenly; in one iteration the write comes before the read."""
+        fetches = self.fetches
+        if self.slides:  # the last column of a window completes its words
+            pixel = self.groups * self.parts
+            columns = self.span - 1 + self.step * np.arange(self.out[1], dtype=np.int64)
+            writes = (columns[:, None] * pixel + np.arange(1, pixel + 1)).reshape(-1)
+        else:
+            writes = np.arange(1, fetches + 1, dtype=np.int64)
         rows = []
         for r in range(self.out[0]):
-            reads, words = self.reads(r), self.out_words
-            length = max(reads, words)
-            iteration = -(-np.arange(1, words + 1, dtype=np.int64) * length // words) - 1
+            reads = self.reads(r)
+            length = max(reads, fetches)
+            iteration = -(-writes * length // fetches) - 1
             rows.append(self.need(r) * self.row_words + iteration * reads // length)
         return (np.concatenate(rows),)
 
@@ -90,6 +135,5 @@ class Window:
             *self.out,
             self.outside,
         )
-        output = port(self.x, self.lanes)
-        output = type(output)(output.ctype, output.lanes, self.out_words * self.out[0])
+        output = Port(ctype(self.x), self.taps * self.lanes, self.out[0] * self.out[1] * self.words)
         return Kernel("window", "ql_window.hpp", "ql::window", args, (port(self.x, self.lanes),), output, self.iterations, self.demand)

@@ -5,27 +5,31 @@
 
 namespace ql {
 
-// Every channel has its own kernel: PE channels at a time, one of TAPS taps per cycle. Row part * TAPS + tap of the weights.
-// Iterations per image: WINDOWS * PARTS * TAPS.
-template <typename A, unsigned WINDOWS, unsigned PARTS, unsigned TAPS, typename TI, typename TO, typename TW, unsigned ROWS, unsigned PE>
-void depthwise(hls::stream<Word<TI, PE>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][PE], unsigned images) {
-    static_assert(ROWS == PARTS * TAPS, "one row of weights per iteration of a window");
+// Every channel has its own kernel: LANES / PE taps of PE channels per cycle. Row part * STEPS + step of the weights.
+// Iterations per image: WINDOWS * PARTS * STEPS.
+template <typename A, unsigned WINDOWS, unsigned PARTS, unsigned STEPS, typename TI, typename TO, typename TW, unsigned ROWS, unsigned LANES, unsigned PE>
+void depthwise(hls::stream<Word<TI, LANES>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][LANES], unsigned images) {
+    static_assert(ROWS == PARTS * STEPS && LANES % PE == 0, "one row of weights per iteration of a window");
     A acc[PE];
 #pragma HLS ARRAY_PARTITION variable = acc complete
-    unsigned tap = 0, row = 0;
-    const unsigned total = images * WINDOWS * PARTS * TAPS;
-taps:
+    unsigned step = 0, row = 0;
+    const unsigned total = images * WINDOWS * PARTS * STEPS;
+steps:
     for (unsigned i = 0; i < total; ++i) {
 #pragma HLS PIPELINE II = 1
         QL_CYCLE();
-        const Word<TI, PE> x = in.read();
+        const Word<TI, LANES> x = in.read();
         for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
-            acc[p] = (tap == 0 ? A(0) : acc[p]) + A(x.v[p]) * A(weight[row][p]);
+            acc[p] = step == 0 ? A(0) : acc[p];
+            for (unsigned t = 0; t < LANES; t += PE) {
+#pragma HLS UNROLL
+                acc[p] += A(x.v[t + p]) * A(weight[row][t + p]);
+            }
         }
         if (++row == ROWS) row = 0;
-        if (++tap == TAPS) {
-            tap = 0;
+        if (++step == STEPS) {
+            step = 0;
             Word<TO, PE> word;
             for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from quantlib.cost import Cost, mac, memory, window, words
+from quantlib.cost import Cost, Geometry, mac, memory, side_by_side, window, words
 from quantlib.hls.call import Call, Kernel, Table, carrier, port
-from quantlib.hls.matvec import fold_weight, matvec
-from quantlib.hls.window import Window
+from quantlib.hls.matvec import fold_weight, in_words, matvec
+from quantlib.hls.window import Window, taps_of
 from quantlib.ir import IntType
 from quantlib.ops._base import Example, Folds, Op, constant, expect
 from quantlib.ops._lattice import lattice, stride_of, tensor_scale
@@ -75,50 +75,55 @@ class Conv2d(Op):
         """Every channel is a group of its own with one output."""
         return self.weight.shape[1] == 1 and self.weight.shape[0] == self.groups
 
+    @property
+    def window(self) -> Geometry:
+        """(kernel, stride, padding, dilation)"""
+        return self.weight.shape[2:], self.stride, self.padding, self.dilation
+
     def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
-        return Folds(self.groups) if self.depthwise else Folds(self.weight.shape[0] // self.groups, self.weight.shape[1])
+        o, per_group, *kernel = self.weight.shape
+        return Folds(o if self.depthwise else o // self.groups, per_group, taps_of(kernel))
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """Window, then pe outputs x simd inputs per cycle: OH*OW * (O/pe) * (kh*kw*(I/groups)/simd) iterations per image; pe divides
-        O/groups, simd I/groups.
+        """Window, then taps positions of simd inputs for each of pe outputs per cycle: OH*OW * (O/pe) * (kh*kw*(I/groups)/(taps*simd))
+        iterations per image; pe divides O/groups, simd I/groups.
 
-        Depthwise (I/groups = 1, O = groups): pe channels per cycle, OH*OW * (C/pe) * kh*kw. A 1x1 kernel with stride 1 and no padding
+        Depthwise (I/groups = 1, O = groups): pe channels per cycle, OH*OW * (C/pe) * kh*kw/taps. A 1x1 kernel with stride 1 and no padding
         has no window.
         """
         o, per_group, kh, kw = self.weight.shape
-        pe, simd = self.legal(x, y, folding).pe, folding.simd
+        pe, simd, taps = self.legal(x, y, folding).pe, folding.simd, folding.taps
         lanes, groups = (pe, o // pe) if self.depthwise else (simd, self.groups)
-        window = Window(x[0], lanes, groups, (kh, kw), self.stride, self.padding, self.dilation, y.shape[1:])
-        taps, places, number = kh * kw, y.shape[1] * y.shape[2], carrier(self.magnitude(*x))
+        front = Window(x[0], lanes, groups, *self.window, y.shape[1:], taps=taps)
+        window = front.stage()
+        places, number, steps = y.shape[1] * y.shape[2], carrier(self.magnitude(*x)), kh * kw // taps
         if self.depthwise:
             words = places * groups
-            table = Table("weight", lambda: self.weight.reshape(groups, pe, taps).transpose(0, 2, 1).reshape(groups * taps, pe))
-            products = Kernel("", "conv2d.hpp", "ql::depthwise", (number, places, groups, taps), (window.stage().output,), port(y, pe),
-                              words * taps, lambda: (taps * np.arange(1, words + 1),), (table,))  # fmt: skip
+            table = Table("weight", lambda: in_words(self.weight[:, 0].reshape(groups, pe, kh, kw), pe, taps).reshape(-1, taps * pe))
+            products = Kernel("", "conv2d.hpp", "ql::depthwise", (number, places, groups, steps), (window.output,), port(y, pe),
+                              words * steps, lambda: (steps * np.arange(1, words + 1),), (table,))  # fmt: skip
         else:
-            table = Table("weight", lambda: fold_weight(self.weight, self.groups, pe, simd))
-            products = matvec(
-                number, places, self.groups, o // self.groups // pe, taps * per_group // simd, window.stage().output, port(y, pe), (table,)
-            )
-        plain = (kh, kw) == (1, 1) == self.stride and not any(self.padding)
-        return Call((products,) if plain else (window.stage(), products))
+            table = Table("weight", lambda: fold_weight(self.weight, self.groups, pe, simd, taps))
+            products = matvec(number, places, self.groups, o // self.groups // pe, steps * per_group // simd, window.output, port(y, pe),
+                              (table,), silence=front.silence)  # fmt: skip
+        return Call((products,) if side_by_side(self.window) else (window, products))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """The windows of the image, and a matrix-vector unit of pe x simd products that keeps one window while it makes all outputs of it.
+        """The windows of the image, and a matrix-vector unit of pe x simd*taps products that keeps one window while it makes all outputs of
+        it.
 
-        cycles: H'*W' * O/pe * kh*kw*(I/groups)/simd of the unit or those of the window stage. Depthwise: pe channels side by side.
+        cycles: H'*W' * O/pe * kh*kw*(I/groups)/(simd*taps) of the unit or those of the window stage. Depthwise: pe channels side by side.
         """
         o, i, kh, kw = self.weight.shape
-        pixels, weight = y.shape[1] * y.shape[2], words(self, "weight")
-        if i == 1 and o == self.groups:
-            unit = mac(pixels, o, kh * kw, x[0], weight, y.bits, folding.pe, 1, folding.memory)
-            return unit + window(x[0], y, (kh, kw), self.stride, self.padding, self.dilation, folding.pe, kh * kw)
-        unit = mac(pixels, o, i * kh * kw, x[0], weight, y.bits, folding.pe, folding.simd, folding.memory)
-        vector = i * kh * kw // folding.simd
-        unit += memory(vector, folding.simd * x[0].bits)
-        if (kh, kw) == (1, 1) == self.stride and not any(self.padding):  # between two pixels' inputs it makes the first one's outputs
+        pixels, weight, lanes = y.shape[1] * y.shape[2], words(self, "weight"), folding.simd * folding.taps
+        vector = i * kh * kw // lanes
+        unit = mac(pixels, o, i * kh * kw, x[0], weight, y.bits, folding.pe, lanes, folding.memory)
+        if self.depthwise:
+            return unit + window(x[0], y, self.window, folding.pe, folding.taps, vector)
+        unit += memory(vector, lanes * x[0].bits)
+        if side_by_side(self.window):  # between two pixels' inputs it makes the first one's outputs
             return unit + Cost(pause=(1 - folding.pe * self.groups / o) / (pixels * self.groups))
-        return unit + window(x[0], y, (kh, kw), self.stride, self.padding, self.dilation, folding.simd, vector)
+        return unit + window(x[0], y, self.window, folding.simd, folding.taps, vector, o // self.groups // folding.pe)
 
     @classmethod
     def examples(cls) -> list[Example]:

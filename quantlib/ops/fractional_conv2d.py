@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantlib.cost import Cost, adder, compare, loop, memory, table, window, words, xnor_popcount
+from quantlib.cost import Cost, Geometry, adder, compare, loop, memory, side_by_side, table, window, words, xnor_popcount
 from quantlib.hls.call import Call, Table, carrier, port
 from quantlib.hls.matvec import fold_weight, matvec
-from quantlib.hls.window import Window
+from quantlib.hls.window import Window, taps_of
 from quantlib.ir import IntType
 from quantlib.ops._base import Example, Folds, Op, constant, expect, floor_shift, per_channel
 from quantlib.ops._lattice import tensor_scale
@@ -125,44 +125,52 @@ class FractionalConv2d(Op):
     def magnitude(self, *x: IntType) -> int:
         return max(3 * self.taps, int(np.abs(self.gate).max()), 0 if self.merge is None else self.merge.magnitude(self.taps))
 
+    @property
+    def window(self) -> Geometry:
+        """(kernel, stride, padding, dilation)"""
+        return self.weight.shape[2:], self.stride, self.padding, (1, 1)
+
     def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
-        return Folds(self.weight.shape[0] // self.groups, self.weight.shape[1])
+        o, per_group, *kernel = self.weight.shape
+        return Folds(o // self.groups, per_group, taps_of(kernel))
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """As Conv2d: OH*OW * (O/pe) * (kh*kw*(I/groups)/simd) iterations per image; pe divides O/groups, simd I/groups."""
+        """As Conv2d: OH*OW * (O/pe) * (kh*kw*(I/groups)/(taps*simd)) iterations per image; pe divides O/groups, simd I/groups."""
         o, per_group, kh, kw = self.weight.shape
-        pe, simd = self.legal(x, y, folding).pe, folding.simd
-        window = Window(x[0], simd, self.groups, (kh, kw), self.stride, self.padding, (1, 1), y.shape[1:])
+        pe, simd, taps = self.legal(x, y, folding).pe, folding.simd, folding.taps
+        front = Window(x[0], simd, self.groups, *self.window, y.shape[1:], taps=taps)
+        window = front.stage()
         tables = (
-            Table("weight", lambda: fold_weight(self.weight, self.groups, pe, simd)),
+            Table("weight", lambda: fold_weight(self.weight, self.groups, pe, simd, taps)),
             Table("gate", lambda: np.clip(self.gate, -self.taps, self.taps + 1).reshape(o // pe, pe)),
         )
         m = self.merge
         merge = "ql::PlainMerge" if m is None else f"ql::FixedMerge<{m.msb}, {m.lsb}, {m.fraction_in}, {m.shift}, {m.lo}, {m.hi}>"
         places, number = y.shape[1] * y.shape[2], carrier(self.magnitude(*x))
-        products = matvec(number, places, self.groups, o // self.groups // pe, kh * kw * per_group // simd,
-                          window.stage().output, port(y, pe), tables, "fractional_conv2d.hpp", "ql::gated_matvec", (merge,))  # fmt: skip
-        plain = (kh, kw) == (1, 1) == self.stride and not any(self.padding)
-        return Call((products,) if plain else (window.stage(), products))
+        products = matvec(number, places, self.groups, o // self.groups // pe, kh * kw * per_group // (simd * taps),
+                          window.output, port(y, pe), tables, "fractional_conv2d.hpp", "ql::gated_matvec", (merge,),
+                          front.silence)  # fmt: skip
+        return Call((products,) if side_by_side(self.window) else (window, products))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """Two XNOR-popcounts (the planes m and l) per pe and cycle over one weight memory, a compare with the gate, a sum.
 
-        cycles: H'*W' * O/pe * kh*kw*(I/groups)/simd, or those of the window stage.
+        cycles: H'*W' * O/pe * kh*kw*(I/groups)/(simd*taps), or those of the window stage.
         """
         o, i, kh, kw = self.weight.shape
-        steps = (o // folding.pe) * (i * kh * kw // folding.simd)
-        planes = (xnor_popcount(folding.simd) + adder(self.taps.bit_length() + 1)).times(2)
+        lanes = folding.simd * folding.taps
+        vector = i * kh * kw // lanes
+        steps = (o // folding.pe) * vector
+        planes = (xnor_popcount(lanes) + adder(self.taps.bit_length() + 1)).times(2)
         # A merge multiplies by two constants of 8 bits: about four additions of the word each, with rounding and two clamps.
         join = adder(y.bits) if self.merge is None else adder(y.bits + self.merge.shift).times(11)
-        unit = planes + compare(self.taps.bit_length() + 1) + join + memory(steps, folding.simd, folding.memory)
+        unit = planes + compare(self.taps.bit_length() + 1) + join + memory(steps, lanes, folding.memory)
         control = loop(y.shape[1] * y.shape[2] * steps, folding.pe * y.bits)
-        vector = i * kh * kw // folding.simd
-        kept = memory(vector, folding.simd * x[0].bits)
-        if (kh, kw) == (1, 1) == self.stride and not any(self.padding):  # as in Conv2d
+        kept = memory(vector, lanes * x[0].bits)
+        if side_by_side(self.window):  # as in Conv2d
             front = Cost(pause=(1 - folding.pe * self.groups / o) / (y.shape[1] * y.shape[2] * self.groups))
         else:
-            front = window(x[0], y, (kh, kw), self.stride, self.padding, (1, 1), folding.simd, vector)
+            front = window(x[0], y, self.window, folding.simd, folding.taps, vector, o // self.groups // folding.pe)
         return control + unit.times(folding.pe) + table(o, words(self, "gate").bits, folding.pe) + kept + front
 
     @classmethod

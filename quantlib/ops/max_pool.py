@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantlib.cost import Cost, compare, loop, window
+from quantlib.cost import Cost, Geometry, compare, loop, windowed
 from quantlib.hls.call import Call
-from quantlib.hls.pool import pool_call
+from quantlib.hls.pool import pool_call, whole_map
+from quantlib.hls.window import taps_of
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Op, expect
+from quantlib.ops._base import Example, Folds, Op, expect
 from quantlib.ops._lattice import channel_scale
 from quantlib.ops._window import check_window, out_shape, out_size, pad_value, pair, quad, taps_inside
 
@@ -73,28 +74,24 @@ class MaxPool(Op):
     def magnitude(self, *x: IntType) -> int:
         return x[0].magnitude
 
+    @property
+    def window(self) -> Geometry:
+        """(kernel, stride, padding, dilation)"""
+        return self.kernel, self.stride, self.padding, self.dilation
+
+    def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
+        return Folds(y.shape[0], taps=(1,) if whole_map(x[0], y, self.window) else taps_of(self.kernel))
+
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """Window, then pe channels of one tap per cycle: OH*OW * (C/pe) * kh*kw iterations per image; over the whole map H*W*C/pe."""
-        return pool_call(
-            self,
-            "max_pool.hpp",
-            "ql::Max",
-            x[0],
-            y,
-            folding.pe,
-            (self.kernel, self.stride, self.padding, self.dilation),
-            x[0].lo,
-            x[0].magnitude,
-        )
+        """Window, then taps of pe channels per cycle: OH*OW * (C/pe) * kh*kw/taps iterations per image; over the whole map H*W*C/pe."""
+        return pool_call("max_pool.hpp", "ql::Max", x[0], y, self.legal(x, y, folding), self.window, x[0].lo, x[0].magnitude)
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """A compare per lane for one tap per cycle, behind the windows of the image; over the whole map one running maximum instead."""
-        unit = compare(x[0].bits) + Cost(lut=x[0].bits, ff=x[0].bits)
-        if self.kernel == x[0].shape[1:] and y.shape[1:] == (1, 1) and not any(self.padding) and self.dilation == (1, 1):
-            return loop(x[0].numel // folding.pe, folding.pe * y.bits, 1.0) + unit.times(folding.pe)
-        cycles = y.numel // folding.pe * self.kernel[0] * self.kernel[1]
-        front = window(x[0], y, self.kernel, self.stride, self.padding, self.dilation, folding.pe, self.kernel[0] * self.kernel[1])
-        return loop(cycles, folding.pe * y.bits) + unit.times(folding.pe) + front
+        """A compare per lane and tap, behind the windows of the image; over the whole map one running maximum instead."""
+        step = compare(x[0].bits) + Cost(lut=x[0].bits, ff=x[0].bits)
+        if whole_map(x[0], y, self.window):
+            return loop(x[0].numel // folding.pe, folding.pe * y.bits, 1.0) + step.times(folding.pe)
+        return windowed(x[0], y, self.window, folding, step.times(folding.taps))
 
     @classmethod
     def examples(cls) -> list[Example]:

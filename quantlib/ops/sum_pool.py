@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from quantlib.cost import Cost, adder, loop, memory, window
+from quantlib.cost import Cost, Geometry, adder, adder_tree, loop, memory, windowed
 from quantlib.hls.call import Call
-from quantlib.hls.pool import pool_call
+from quantlib.hls.pool import pool_call, whole_map
+from quantlib.hls.window import taps_of
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Op, expect
+from quantlib.ops._base import Example, Folds, Op, expect
 from quantlib.ops._lattice import channel_scale, lattice, stride_of
 from quantlib.ops._window import check_window, out_shape, pad_value, pair, quad, taps_inside
 
@@ -65,20 +66,24 @@ class SumPool(Op):
     def magnitude(self, *x: IntType) -> int:
         return self.kernel[0] * self.kernel[1] * x[0].magnitude
 
+    @property
+    def window(self) -> Geometry:
+        """(kernel, stride, padding, dilation)"""
+        return self.kernel, self.stride, self.padding, (1, 1)
+
+    def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
+        return Folds(y.shape[0], taps=(1,) if whole_map(x[0], y, self.window) else taps_of(self.kernel))
+
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
-        """Window, then pe channels of one tap per cycle: OH*OW * (C/pe) * kh*kw iterations per image; over the whole map H*W*C/pe."""
-        return pool_call(
-            self, "sum_pool.hpp", "ql::Sum", x[0], y, folding.pe, (self.kernel, self.stride, self.padding, (1, 1)), 0, self.magnitude(*x)
-        )
+        """Window, then taps of pe channels per cycle: OH*OW * (C/pe) * kh*kw/taps iterations per image; over the whole map H*W*C/pe."""
+        return pool_call("sum_pool.hpp", "ql::Sum", x[0], y, self.legal(x, y, folding), self.window, 0, self.magnitude(*x))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
-        """An adder per lane for one tap per cycle, behind the windows of the image; over the whole map a running sum per channel."""
-        if self.kernel == x[0].shape[1:] and not any(self.padding):
+        """An adder per lane and tap, behind the windows of the image; over the whole map a running sum per channel."""
+        if whole_map(x[0], y, self.window):
             unit = adder(y.bits) + memory(y.shape[0] // folding.pe, y.bits)
             return loop(x[0].numel // folding.pe, folding.pe * y.bits, 1.0) + unit.times(folding.pe)
-        cycles = y.numel // folding.pe * self.kernel[0] * self.kernel[1]
-        front = window(x[0], y, self.kernel, self.stride, self.padding, (1, 1), folding.pe, self.kernel[0] * self.kernel[1])
-        return loop(cycles, folding.pe * y.bits) + adder(y.bits).times(folding.pe) + front
+        return windowed(x[0], y, self.window, folding, adder_tree(folding.taps, x[0].bits) + adder(y.bits))
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -68,7 +68,8 @@ def test_planned_network_runs_at_the_estimated_speed(nets: ModuleType, tmp_path:
     made.csim(nets.codes(graph, 4), mode="timed")
     assert made.last is not None
     # allowance: a windowed stage does not begin the next image before it has written the last row of this one (docs: 2 rows of 10)
-    assert plan.cycles <= made.last.cycles <= 1.25 * plan.cycles
+    # the bus pads an image of 135 integers to whole words, the simulation feeds them one by one
+    assert plan.cycles - 1 <= made.last.cycles <= 1.25 * plan.cycles
 
 
 def test_too_small_fifo_deadlocks_and_says_where(nets: ModuleType, tmp_path: Path) -> None:

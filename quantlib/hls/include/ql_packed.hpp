@@ -213,7 +213,7 @@ void packed(hls::stream<Word<TI, IN>>& in, hls::stream<Word<TO, OUT>>& out, cons
 template <unsigned H, unsigned W, unsigned GROUPS, unsigned PARTS, unsigned KH, unsigned PHASES, unsigned SH, unsigned SW, unsigned PT, unsigned DH, unsigned APART,
           unsigned OH, unsigned SEGMENTS, int FIRST, int64_t LO, unsigned SHIFT, int OUTSIDE, typename TI, typename TO, unsigned SIMD, unsigned LANES>
 void segments(hls::stream<Word<TI, SIMD>>& in, hls::stream<Word<TO, LANES>>& out, unsigned images) {
-    typedef Geometry<H, W, GROUPS, PARTS, KH, PHASES, SH, SW, PT, 0, DH, 1, OH, SEGMENTS> G;
+    typedef Geometry<H, W * GROUPS * PARTS, KH, SH, PT, DH, OH, SEGMENTS * GROUPS * KH * PHASES * PARTS> G;
     static_assert(LANES % SIMD == 0 && FIRST <= 0, "whole columns, from the image's first one on");
     const unsigned N = LANES / SIMD, BANKS = N * SW, ROWS = G::ROWS, COLUMNS = (W + unsigned(-FIRST) + BANKS - 1) / BANKS;
     const unsigned BANK = unsigned(-FIRST) % BANKS, PLACE = unsigned(-FIRST) / BANKS;  // of the image's first column
