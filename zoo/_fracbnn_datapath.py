@@ -228,7 +228,7 @@ class DatapathMean(nn.Module):
     def _shift(pixels: int) -> int:
         if pixels < 2 or pixels & (pixels - 1):
             raise ValueError(f"the accelerator's mean divides by a power of two, not by {pixels} pixels")
-        return pixels.bit_length() - 1
+        return int(pixels).bit_length() - 1
 
 
 class DatapathLinear(nn.Linear):
