@@ -140,7 +140,7 @@ def test_structural_ops_carry_the_scale() -> None:
 
 
 KERNEL_CASES = [
-    _kernels.Case(f"{name}-{i}-pe{f.pe}-simd{f.simd}-taps{f.taps}", *case(name, i), f)
+    _kernels.Case(f"{name}-{i}-pe{f.pe}-simd{f.simd}-taps{f.taps}{f.packing}", *case(name, i), f)
     for name, i in CASES
     for f in _kernels.foldings(*case(name, i))
 ]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantlib.ir import GraphError, IntType
+
+if TYPE_CHECKING:
+    from quantlib.schedule import Folding
 
 Array = np.ndarray
 
@@ -63,6 +68,56 @@ class Call:
         return max((k.iterations for k in self.kernels), default=0)
 
 
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Which foldings of an op are legal on edges of given types: pe divides `pe`, simd divides `simd`, taps is one of `taps`.
+
+    packed: the limits with the packing of a slice of `quantlib.packing.DSPS`, by its name; unpacked: why there is none.
+    streams: whether weights may come from external memory, a row of them per iteration (memory style "stream"), without packing.
+    """
+
+    pe: int
+    simd: int = 1
+    taps: tuple[int, ...] = (1,)
+    packed: Mapping[str, Folds] = field(default_factory=lambda: MappingProxyType({}))
+    unpacked: str = "no products of weights that could share a multiplier"
+    streams: bool = False
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """Every legal (pe, simd, taps) without packing."""
+        return ((p, s, t) for p in divisors(self.pe) for s in divisors(self.simd) for t in self.taps)
+
+    def objection(self, folding: Folding) -> str:
+        """Why the folding is illegal, and what would be legal; empty for a legal one."""
+        if folding.memory == "stream" and not self.streams:
+            return "memory style stream is for the weights of a Dense or a Conv2d that is not depthwise: choose auto, lut or bram"
+        if folding.memory == "stream" and folding.packing:
+            return f"memory style stream goes with no packing, {folding.packing} was asked for"
+        if folding.packing:
+            limits = self.packed.get(folding.packing)
+            if limits is None:
+                offer = f"choose {_either(self.packed)}, or none" if self.packed else self.unpacked
+                return f"packing {folding.packing} is not possible: {offer}"
+            return limits.objection(replace(folding, packing=""))
+        faults = [
+            f"{name} = {value} must divide {whole}: choose {_either(divisors(whole))}"
+            for name, value, whole in (("pe", folding.pe, self.pe), ("simd", folding.simd, self.simd))
+            if whole % value
+        ]
+        if folding.taps not in self.taps:
+            faults.append(f"taps = {folding.taps}: choose {_either(self.taps)}")
+        return "; ".join(faults)
+
+
+def _either(values: Iterable[object]) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 def ctype(t: IntType) -> str:
     return f"ap_{'int' if t.signed else 'uint'}<{t.bits}>"
 
@@ -100,7 +155,7 @@ def lanes_up_to(limit: int, channels: int) -> int:
 
 
 def by_part(array: Array, channels: int, pe: int) -> Array:
-    """Constants (C or 1, ...) as the kernels index them: (parts or 1, pe, ...). Lanes that share them have a copy each: they read at once."""
+    """Constants (C or 1, ...) as the kernels index them: (parts or 1, pe, ...). Lanes that share them have a copy each."""
     if len(array) == 1 and channels > 1:
         return np.broadcast_to(array[None], (1, pe, *array.shape[1:]))
     return array.reshape(channels // pe, pe, *array.shape[1:])

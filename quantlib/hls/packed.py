@@ -18,10 +18,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from quantlib.cost import Cost, adder, fifo, loop, memory, window
-from quantlib.hls.call import Call, Kernel, Port, Table, carrier, ctype, stream_order
+from quantlib.hls.call import Call, Folds, Kernel, Port, Table, carrier, ctype, stream_order
 from quantlib.hls.window import Window
 from quantlib.ir import IntType
-from quantlib.ops._base import Folds
 from quantlib.packing import DSPS, Packing, Rule, candidates
 
 if TYPE_CHECKING:

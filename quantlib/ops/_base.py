@@ -6,16 +6,16 @@ An op is a frozen dataclass in `ops/NAME.py`; its C++ kernel is `ops/NAME.hpp`. 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quantlib.hls.call import Folds
 from quantlib.ir import GraphError, IntType
 
 if TYPE_CHECKING:
@@ -24,50 +24,6 @@ if TYPE_CHECKING:
 
 Example = tuple["Op", tuple[IntType, ...]]
 REQUIRED = ("infer", "evaluate", "magnitude", "hls", "cost", "examples")
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-@dataclass(frozen=True)
-class Folds:
-    """Which foldings of an op are legal on edges of given types: pe divides `pe`, simd divides `simd`, taps is one of `taps`.
-
-    packed: the limits with the packing of a slice of `quantlib.packing.DSPS`, by its name; unpacked: why there is none.
-    """
-
-    pe: int
-    simd: int = 1
-    taps: tuple[int, ...] = (1,)
-    packed: Mapping[str, Folds] = field(default_factory=lambda: MappingProxyType({}))
-    unpacked: str = "no products of weights that could share a multiplier"
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """Every legal (pe, simd, taps) without packing."""
-        return ((p, s, t) for p in divisors(self.pe) for s in divisors(self.simd) for t in self.taps)
-
-    def objection(self, folding: Folding) -> str:
-        """Why the folding is illegal, and what would be legal; empty for a legal one."""
-        if folding.packing:
-            limits = self.packed.get(folding.packing)
-            if limits is None:
-                offer = f"choose {_either(self.packed)}, or none" if self.packed else self.unpacked
-                return f"packing {folding.packing} is not possible: {offer}"
-            return limits.objection(replace(folding, packing=""))
-        faults = [
-            f"{name} = {value} must divide {whole}: choose {_either(divisors(whole))}"
-            for name, value, whole in (("pe", folding.pe, self.pe), ("simd", folding.simd, self.simd))
-            if whole % value
-        ]
-        if folding.taps not in self.taps:
-            faults.append(f"taps = {folding.taps}: choose {_either(self.taps)}")
-        return "; ".join(faults)
-
-
-def _either(values: Iterable[object]) -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last
 
 
 @dataclass(frozen=True, eq=False)

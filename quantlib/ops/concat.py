@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from quantlib.cost import Cost, loop
-from quantlib.hls.call import Call, Kernel, divides, pixels, port
+from quantlib.hls.call import Call, Folds, Kernel, divides, pixels, port
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Folds, Op, expect
+from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import carry_scale, lattice, stride_of
 
 if TYPE_CHECKING:

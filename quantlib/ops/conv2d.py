@@ -10,11 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, Geometry, mac, memory, side_by_side, window, words
-from quantlib.hls.call import Call, Kernel, Table, carrier, port
+from quantlib.hls.call import Call, Folds, Kernel, Table, carrier, port
 from quantlib.hls.matvec import fold_weight, in_words, matvec
+from quantlib.hls.packed import packed_cost, packed_folds, packed_hls
 from quantlib.hls.window import Window, taps_of
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Folds, Op, constant, expect
+from quantlib.ops._base import Example, Op, constant, expect
 from quantlib.ops._lattice import lattice, stride_of, tensor_scale
 from quantlib.ops._window import check_window, conv2d, out_shape, pair, quad
 
@@ -82,7 +83,8 @@ class Conv2d(Op):
 
     def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
         o, per_group, *kernel = self.weight.shape
-        return Folds(o if self.depthwise else o // self.groups, per_group, taps_of(kernel))
+        packed, unpacked = packed_folds(self, x[0], y)
+        return Folds(o if self.depthwise else o // self.groups, per_group, taps_of(kernel), packed, unpacked, not self.depthwise)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """Window, then taps positions of simd inputs for each of pe outputs per cycle: OH*OW * (O/pe) * (kh*kw*(I/groups)/(taps*simd))
@@ -93,6 +95,8 @@ class Conv2d(Op):
         """
         o, per_group, kh, kw = self.weight.shape
         pe, simd, taps = self.legal(x, y, folding).pe, folding.simd, folding.taps
+        if folding.packing:
+            return packed_hls(self, x[0], y, folding)
         lanes, groups = (pe, o // pe) if self.depthwise else (simd, self.groups)
         front = Window(x[0], lanes, groups, *self.window, y.shape[1:], taps=taps)
         window = front.stage()
@@ -114,6 +118,8 @@ class Conv2d(Op):
 
         cycles: H'*W' * O/pe * kh*kw*(I/groups)/(simd*taps) of the unit or those of the window stage. Depthwise: pe channels side by side.
         """
+        if folding.packing:
+            return packed_cost(self, x[0], y, folding)
         o, i, kh, kw = self.weight.shape
         pixels, weight, lanes = y.shape[1] * y.shape[2], words(self, "weight"), folding.simd * folding.taps
         vector = i * kh * kw // lanes

@@ -10,10 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, mac, memory, words
-from quantlib.hls.call import Call, Table, carrier, port, stream_order
+from quantlib.hls.call import Call, Folds, Table, carrier, port, stream_order
 from quantlib.hls.matvec import matvec
+from quantlib.hls.packed import packed_cost, packed_folds, packed_hls
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Folds, Op, constant, expect
+from quantlib.ops._base import Example, Op, constant, expect
 from quantlib.ops.conv2d import sum_type
 
 if TYPE_CHECKING:
@@ -53,12 +54,15 @@ class Dense(Op):
         return max(int(np.abs(self.weight).sum(1).max()) * x[0].magnitude, int(np.abs(self.weight).max()), x[0].magnitude)
 
     def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
-        return Folds(*self.weight.shape)
+        packed, unpacked = packed_folds(self, x[0], y)
+        return Folds(*self.weight.shape, packed=packed, unpacked=unpacked, streams=True)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """pe outputs x simd inputs per cycle, inputs in stream order (H, W, C): (O/pe) * (K/simd) iterations; pe divides O, simd K."""
         o, k = self.weight.shape
         pe, simd = self.legal(x, y, folding).pe, folding.simd
+        if folding.packing:
+            return packed_hls(self, x[0], y, folding)
 
         def weight() -> np.ndarray:
             columns = self.weight[:, stream_order(np.arange(k).reshape(x[0].shape))]
@@ -71,6 +75,8 @@ class Dense(Op):
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """A matrix-vector unit of pe x simd products behind a buffer of the input, which every group of outputs reads again."""
+        if folding.packing:
+            return packed_cost(self, x[0], y, folding)
         o, k = self.weight.shape
         unit = mac(1, o, k, x[0], words(self, "weight"), y.bits, folding.pe, folding.simd, folding.memory)
         return unit + memory(k // folding.simd, folding.simd * x[0].bits) + Cost(fill=1.0, pause=1 - folding.pe / o)

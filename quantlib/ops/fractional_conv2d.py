@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from quantlib.cost import Cost, Geometry, adder, compare, loop, memory, side_by_side, table, window, words, xnor_popcount
-from quantlib.hls.call import Call, Table, carrier, port
+from quantlib.hls.call import Call, Folds, Table, carrier, port
 from quantlib.hls.matvec import fold_weight, matvec
 from quantlib.hls.window import Window, taps_of
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Folds, Op, constant, expect, floor_shift, per_channel
+from quantlib.ops._base import Example, Op, constant, expect, floor_shift, per_channel
 from quantlib.ops._lattice import tensor_scale
 from quantlib.ops._window import check_window, conv2d, out_shape, pair, quad
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from quantlib.cost import Cost, bus_cycles
-from quantlib.hls.call import Call
+from quantlib.hls.call import Call, Folds
 from quantlib.ir import GraphError, IntType
-from quantlib.ops._base import Example, Folds, Op, expect
+from quantlib.ops._base import Example, Op, expect
 
 if TYPE_CHECKING:
     from quantlib.schedule import Folding

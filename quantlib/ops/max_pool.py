@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantlib.cost import Cost, Geometry, compare, loop, windowed
-from quantlib.hls.call import Call
+from quantlib.hls.call import Call, Folds
 from quantlib.hls.pool import pool_call, whole_map
 from quantlib.hls.window import taps_of
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Folds, Op, expect
+from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import channel_scale
 from quantlib.ops._window import check_window, out_shape, out_size, pad_value, pair, quad, taps_inside
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantlib.cost import Cost, loop
-from quantlib.hls.call import Call, Kernel, divides, port
+from quantlib.hls.call import Call, Folds, Kernel, divides, port
 from quantlib.ir import IntType
-from quantlib.ops._base import Example, Folds, Op, expect
+from quantlib.ops._base import Example, Op, expect
 from quantlib.ops._lattice import lattice, stride_of, tensor_scale
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ class Case:
 
 
 def foldings(op: Op, types: tuple[IntType, ...]) -> list[Folding]:
-    """A few legal foldings: one lane, all lanes, and one in between where there is one, with every number of taps among them."""
+    """A few legal foldings: one lane, all lanes, and one in between where there is one, with every number of taps and packing."""
     limits = op.folds(types, op.infer(*types))
     p, s = limits.pe, limits.simd
 
@@ -45,7 +45,8 @@ def foldings(op: Op, types: tuple[IntType, ...]) -> list[Folding]:
 
     some = [Folding(1, middle(s)), Folding(p, s), Folding(middle(p), 1)]
     more = [Folding(*lanes, taps=t) for t, lanes in zip(limits.taps[1:], ((middle(p), s), (1, middle(s))))]
-    return list(dict.fromkeys([*some, *more]))
+    packed = [Folding(middle(f.pe), middle(f.simd), taps=f.taps[-1], packing=slice) for slice, f in limits.packed.items()]
+    return list(dict.fromkeys([*some, *more, *packed]))
 
 
 def source(case: Case, number: int, folder: Path) -> str:

@@ -16,10 +16,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
 
+from quantlib.hls.call import divisors
 from quantlib.hls.window import Window
 from quantlib.ir import GraphError, IntType
 from quantlib.ops import Conv2d, FractionalConv2d, MaxPool, Op, SumPool
-from quantlib.ops._base import divisors
 from quantlib.schedule import Folding
 
 
