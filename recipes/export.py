@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from rich.console import Console
@@ -30,17 +29,17 @@ import zoo
 from quantlib import parts
 from quantlib.capture import CaptureError
 from quantlib.hls import Deadlock, ExportError, Project
+from quantlib.hls.network import folding_text
+from quantlib.hls.report import NAMES, bottleneck, figures, shares
 from quantlib.io import foldings
 from quantlib.io.foldings import FoldingFileError
 from quantlib.io.graph import GraphFileError
-from quantlib.schedule import MEMORY_STYLES, Plan, Schedule
+from quantlib.pages import bars
+from quantlib.schedule import BASE_DEPTH, MEMORY_STYLES, Plan, Schedule
 from quantlib.training import DataError, Images, accuracy, read_images
-from quantlib.training.deploy import Deployed, Seconds, hardware_section
+from quantlib.training.deploy import Seconds
 from quantlib.training.flags import network_options
-from quantlib.training.report import figure, page, table, text, write, write_json
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+from quantlib.training.report import page, table, text, write, write_json
 
 CHECKS = ("fast", "fifo", "timed", "none")
 REFUSED = (zoo.ZooError, zoo.CheckpointError, CaptureError, GraphFileError, FoldingFileError, DataError, ExportError, Deadlock)
@@ -135,9 +134,7 @@ def export(config: Config) -> dict[str, Any]:
     with seconds("estimate"):
         plan = laid_out(config, graph)
     result["plan"] = plan.to_dict()
-    sections = [
-        ("Hardware", hardware_section(Deployed(graph, plan, None, {})) + figure(cycles_plot(plan), "Cycles of each layer."))
-    ] + sections
+    sections = [*plan_sections(plan), *sections]
     out.mkdir(parents=True, exist_ok=True)
     ql.save(graph, out / "graph.safetensors")
     foldings.save(plan.schedule, out / "folding.json", graph.name)
@@ -147,7 +144,7 @@ def export(config: Config) -> dict[str, Any]:
             project = ql.export(graph, out / "hls", part=config.part, plan=plan)
         if config.check != "none":
             result["csim"] = simulated(project, data, plan, config.check, seconds)
-            sections.insert(1, ("C++ against the integers", simulation_section(result["csim"])))
+            sections += simulation_sections(result["csim"])
     return finish(config, result, plan, sections, seconds)
 
 
@@ -223,34 +220,34 @@ def simulated(project: Project, data: Images, plan: Plan, mode: str, seconds: Se
     return facts
 
 
-def simulation_section(facts: Mapping[str, Any]) -> str:
+def simulation_sections(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, Any]] = [("mode", facts["mode"]), ("integers compared", f"{facts['integers']:,}")]
     rows += [(f"differing, {edge}", count) for edge, count in facts["mismatches"].items()]
     rows.append(("images per second", f"{facts['images_per_second']:,.1f}"))
     rows += [("accuracy", f"{100 * facts['accuracy']:.2f} %")] if "accuracy" in facts else []
     if "latency" not in facts:
-        return table(("", ""), rows)
+        return [("C++ against the integers", table(("", ""), rows))]
     rows += [("cycles per image, clock and plan", f"{shown_cycles(facts)}, {facts['planned_cycles']:,}")]
     rows += [("latency, clock and plan", f"{facts['latency']:,}, {facts['planned_latency']:,}")]
-    fifos = sorted(facts["fifos"].items(), key=lambda item: -item[1][0])
-    return table(("", ""), rows) + table(("FIFO", "most words held", "depth"), [(name, *marks) for name, marks in fifos])
+    deep = sorted((item for item in facts["fifos"].items() if item[1][1] > BASE_DEPTH), key=lambda item: -item[1][0])
+    fifos = f"<p>{len(facts['fifos']) - len(deep)} more are {BASE_DEPTH} words deep or less.</p>"
+    fifos += table(("FIFO", "most words held", "depth"), [(name, *marks) for name, marks in deep])
+    return [("C++ against the integers", table(("", ""), rows)), ("FIFOs with a clock", fifos)]
 
 
 def shown_cycles(facts: Mapping[str, Any]) -> str:
     return "needs two images" if facts["cycles"] is None else f"{facts['cycles']:,.0f}"
 
 
-def cycles_plot(plan: Plan) -> Any:
-    """Cycles per layer; the longest bar is what the network waits for."""
-    rows = [row for row in plan.rows if row.cost.cycles > 1]
-    plot, axes = plt.subplots(figsize=(9, min(0.8 + 0.16 * len(rows), 40)))
-    colours = ["tab:red" if row.name == plan.bottleneck else "tab:blue" for row in rows]
-    axes.barh([row.name for row in rows], [row.cost.cycles for row in rows], color=colours)
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=6)
-    axes.set(xlabel=f"cycles per image at {plan.clock_mhz:g} MHz; red: {plan.bottleneck}", ylim=(len(rows) - 0.4, -0.6))
-    plt.close(plot)
-    return plot
+def plan_sections(plan: Plan) -> list[tuple[str, str]]:
+    rows = [(r.name, r.op, folding_text(r.folding), f"{r.cost.cycles:,}", *(f"{getattr(r.cost, k):,}" for k in NAMES)) for r in plan.rows]
+    used = [(name, share, f"{share:.0f} % ({n:,} of {limit:,})") for name, n, limit, share in shares(plan)]
+    return [
+        ("Plan", table(("", ""), figures(plan)) + f"<p>{bottleneck(plan)}</p>"),
+        ("Resources, percent of what may be used", bars(used, limit=100.0)),
+        ("Cycles per image", bars([(r.name, r.cost.cycles, f"{r.cost.cycles:,}") for r in plan.rows], plan.bottleneck)),
+        ("Layers", table(("layer", "op", "folding", "cycles", *NAMES.values()), rows)),
+    ]
 
 
 def finish(config: Config, result: dict[str, Any], plan: Plan, sections: list[tuple[str, str]], seconds: Seconds) -> dict[str, Any]:
@@ -261,9 +258,8 @@ def finish(config: Config, result: dict[str, Any], plan: Plan, sections: list[tu
         ("Time", table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in seconds.spent.items()])),
         ("Configuration", table(("option", "value"), result["config"].items())),
     ]
-    verdict = str(plan).splitlines()[0]
     write_json(out / "report.json", result)
-    write(out / "report.html", page(title, [("Verdict", text(verdict)), *sections]))
+    write(out / "report.html", page(title, sections))
 
     rows = Table(title=title, show_header=False, min_width=72)
     if "verify" in result:
@@ -287,7 +283,7 @@ def finish(config: Config, result: dict[str, Any], plan: Plan, sections: list[tu
     if result.get("verify", {}).get("mismatches") or any(result.get("csim", {}).get("mismatches", {}).values()):
         raise SystemExit("integers differ: see the report")
     if not plan.fits:
-        console.print(verdict, highlight=False, soft_wrap=True)
+        console.print(bottleneck(plan), highlight=False, soft_wrap=True)
         if config.export and not config.anyway:
             raise SystemExit("nothing was exported; --anyway exports the nearest folding")
     return result

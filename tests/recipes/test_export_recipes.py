@@ -54,7 +54,7 @@ def test_a_network_is_exported_verified_and_reported(exported: tuple[Path, dict[
     assert 0 <= simulated["accuracy"] <= 1 and simulated["fifos"]
     assert json.loads((folder / "out/report.json").read_text())["csim"] == json.loads(json.dumps(simulated))
     page = (folder / "out/report.html").read_text()
-    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>") and page.count("data:image/png;base64,") == 1
+    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
     assert not {"http:", "https:"} & set(page.split('"'))
     assert (folder / "out/hls/Makefile").is_file() and not list((folder / "out").glob(".*"))
 
@@ -112,8 +112,8 @@ def test_bad_input(export: ModuleType, arguments: list[str], says: str, tmp_path
 def test_an_impossible_target_says_what_is_missing(export: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = export.main([NETWORK, "--fps=1e9", "--no-export", f"--out={tmp_path}"])
     assert not result["plan"]["fits"] and result["plan"]["missing"]["fps"] > 0 and result["plan"]["smallest_part"] is None
-    assert "does not fit, missing" in capsys.readouterr().out
-    assert "smallest listed part that would do: none" in (tmp_path / "report.html").read_text()
+    assert "This plan does not fit: it lacks" in capsys.readouterr().out
+    assert "the smallest listed part that would do is none" in (tmp_path / "report.html").read_text()
 
 
 def test_a_foreign_folder_and_a_foreign_checkpoint(export: ModuleType, exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
