@@ -79,8 +79,9 @@ def layer_of(op: Any, x: IntType, y: IntType) -> Layer:
     if any(padding):  # 0 is among the values
         lo, hi, step = min(lo, 0), max(hi, 0), gcd(step, lo)
     step &= -step  # an index is found by a shift
-    return Layer(image, out, 1 if dense else op.groups, kernel, stride, (padding[0], padding[2]), dilation, any(padding), bits, low == -(2 ** (bits - 1)), lo, step,
-                 max(((hi - lo) // step).bit_length(), 1), -lo // step if any(padding) else 0, y.bits)  # fmt: skip
+    zero = -lo // step if any(padding) else 0
+    return Layer(image, out, 1 if dense else op.groups, kernel, stride, (padding[0], padding[2]), dilation, any(padding), bits,
+                 low == -(2 ** (bits - 1)), lo, step, max(((hi - lo) // step).bit_length(), 1), zero, y.bits)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,16 @@ class Unit:
         return self.layer.kernel[0] * self.phases * self.layer.x[0] // self.groups // self.lanes
 
     @property
+    def passes(self) -> int:
+        """Times that a word is worked on: blocks of output channels per group."""
+        return self.blocks // self.groups
+
+    @property
+    def backlog(self) -> int:
+        """Words that the unit works on while the stage in front only reads: with several blocks per word it is the slower one."""
+        return -(-self.window(IntType(self.layer.x, 0, 1)).silence // self.passes) if self.windowed and self.passes > 1 else 0
+
+    @property
     def words(self) -> int:
         """Words of weights per cycle and input channel."""
         return self.pe * -(-self.taps // self.packing.weights) if self.conv else -(-self.pe // self.packing.weights)
@@ -186,7 +197,7 @@ class Unit:
     def demand(self) -> tuple[np.ndarray]:
         """The blocks of a group need all its words."""
         groups = self.layer.y[1] * self.segments * self.groups
-        return (np.repeat(self.steps * np.arange(1, groups + 1), self.blocks // self.groups),)
+        return (np.repeat(self.steps * np.arange(1, groups + 1), self.passes),)
 
     def emitted(self) -> list[int]:
         """Pixels that the segments of a row complete, one after the other."""
@@ -265,10 +276,11 @@ def unit_cost(u: Unit) -> Cost:
 
 @cache
 def packings(taps: int, weight_bits: int, lowest: bool, act_bits: int, dsp: str) -> tuple[Packing, ...]:
-    """Packings of more than one product whose words fit the slice for all codes that occur; of those alike, that with the longest sums."""
+    """Packings of more than one product per slice and cycle whose words fit the slice for all codes that occur; of those alike, that with
+    the longest sums."""
     found: dict[tuple[Any, ...], Packing] = {}
     for wide in candidates(taps, weight_bits, act_bits, dsp, EXACT):
-        if wide.acts * wide.weights == 1 or (wide.scheme == "conv") != (taps > 1):
+        if wide.macs <= 1 or (wide.scheme == "conv") != (taps > 1):
             continue
         full = lowest or wide.weight_parts == 2  # the upper half of a weight may have its lowest code
         exact = next((p for s in range(wide.stride_max, wide.stride_min - 1, -1) if (p := wide.at(s)).fits(full) and p.depth(True)), None)
@@ -315,7 +327,7 @@ def packed_folds(op: Any, x: IntType, y: IntType) -> tuple[dict[str, Folds], str
     layer = layer_of(op, x, y)
     limits = (layer.y[0], 1) if layer.depthwise else (layer.y[0] // layer.groups, layer.x[0] // layer.groups)
     bits = f"{layer.weight_bits}-bit weights and {layer.act_bits}-bit activations"
-    why = f"no slice holds two products of {bits} that the layer could use"
+    why = f"no slice makes more than one product of {bits} per cycle"
     return {dsp: Folds(*limits, taps) for dsp in DSPS if (taps := columns(layer, dsp))}, why
 
 
@@ -356,7 +368,7 @@ def packed_hls(op: Any, x: IntType, y: IntType, folding: Folding) -> Call:
     sums = Port(ctype(y), u.kept * u.pe, la.y[1] * u.segments * u.blocks)
     args = (*_arguments(u, 3 * op.magnitude(x)), *index, la.step)
     label = "" if u.alone else "packed"
-    kernels.append(Kernel(label, "ql_packed.hpp", "ql::packed", args, (ends,), sums, u.iterations, u.demand, _tables(op, u, x)))
+    kernels.append(Kernel(label, "ql_packed.hpp", "ql::packed", args, (ends,), sums, u.iterations, u.demand, _tables(op, u, x), u.backlog))
     if not u.alone:
         ordered = la.y[1], u.segments, u.blocks, u.columns, u.kept, u.skipped, la.y[2], u.reordered
         kernels.append(Kernel("", "ql_packed.hpp", "ql::pixels", ordered, (sums,), Port(ctype(y), u.pe, y.numel // u.pe), u.reordered,
@@ -376,8 +388,8 @@ def _arguments(u: Unit, magnitude: int) -> tuple[str | int, ...]:
     layout = (not u.conv, p.acts, p.weights, *fields, p.stride, p.act_bits, p.weight_bits, p.act_parts, p.weight_parts, u.chain, u.trick,
               p.act_port, p.weight_port, p.dsp.accumulator)  # fmt: skip
     packing = f"ql::Packing<{', '.join(str(v).lower() for v in layout)}>"
-    blocks = u.groups, u.blocks // u.groups
-    return packing, carrier(magnitude), u.layer.depthwise, u.layer.y[1], u.segments, *blocks, u.steps, u.taps, u.kept
+    loops = u.layer.y[1], u.segments, u.groups, u.passes, u.steps
+    return packing, carrier(magnitude), u.layer.depthwise, *loops, u.taps, u.kept
 
 
 def _tables(op: Any, u: Unit, x: IntType) -> tuple[Table, ...]:
@@ -401,13 +413,13 @@ def packed_cost(op: Any, x: IntType, y: IntType, folding: Folding) -> Cost:
         places = la.y[1] * la.y[2]
         return cost + Cost(fill=1 / places, pause=(1 - u.groups / u.blocks) / (places * u.groups))
     if u.alone:
-        return cost + window(x, y, (la.kernel, la.stride, op.padding, la.dilation), u.lanes, burst=u.steps)
+        return cost + window(x, y, (la.kernel, la.stride, op.padding, la.dilation), u.lanes, burst=u.steps, passes=u.passes)
     w, word = u.window(x), u.columns * u.lanes * la.act_bits
     banks = u.columns * la.stride[1]
-    words = u.segments * u.groups * u.steps  # per output row
     held = memory(w.rows * -(-la.x[2] // banks) * u.groups * w.parts, u.lanes * la.act_bits).times(banks)
     choice = Cost(lut=word * (1 + ceil(banks / 4) * (u.phases > 1)))  # of a bank, four per LUT, and of the padding
-    last = sum(w.need(r) == la.x[1] for r in range(la.y[1])) * words
-    cost += loop(w.iterations, word, w.need(0) / la.x[1], last / w.iterations) + held + choice + fifo(max(32, u.steps), word)
+    last = sum(w.need(r) == la.x[1] for r in range(la.y[1]))  # rows of segments that are written when all is read
+    pause = last * w.fetches / w.iterations if u.iterations <= w.iterations else last / la.y[1] * (1 - w.silence / u.iterations)
+    cost += loop(w.iterations, word, w.need(0) / la.x[1], pause) + held + choice + fifo(max(32, u.steps + u.backlog), word)
     order = memory(2 * u.blocks, bits) + Cost(lut=u.pe * la.sum_bits * ceil(u.kept / 4))
     return cost + loop(u.reordered, u.pe * la.sum_bits) + order + fifo(max(32, u.blocks), bits)

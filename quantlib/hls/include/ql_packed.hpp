@@ -51,10 +51,14 @@ parts:
 #pragma HLS UNROLL
             typename P::Sum total = 0;
             unsigned odd[FIELDS + 1] = {};  // the lowest bit of every field's sum
+#pragma HLS ARRAY_PARTITION variable = odd complete
         chain:
             for (unsigned l = first; l < first + P::CHAIN && l < SIMD; ++l) {
 #pragma HLS UNROLL
-                int64_t a[P::N], b[K], acts = 0, weights = 0;
+                int64_t a[P::N], b[K];
+#pragma HLS ARRAY_PARTITION variable = a complete
+#pragma HLS ARRAY_PARTITION variable = b complete
+                int64_t acts = 0, weights = 0;
                 for (unsigned i = 0; i < P::N; ++i) {
 #pragma HLS UNROLL
                     const int64_t value = int64_t(x[i * SIMD + l]) >> act_shift;
@@ -70,7 +74,10 @@ parts:
                 total = int64_t(total) + int64_t(slice<P>(acts, weights));
                 for (unsigned i = 0; i < P::N; ++i) {
 #pragma HLS UNROLL
-                    for (unsigned j = 0; j < K; ++j) odd[i * P::FI + j * P::FJ] ^= unsigned(a[i] & b[j] & 1);
+                    for (unsigned j = 0; j < K; ++j) {
+#pragma HLS UNROLL
+                        odd[i * P::FI + j * P::FJ] ^= unsigned(a[i] & b[j] & 1);
+                    }
                 }
             }
             int64_t rest = int64_t(total);
@@ -121,6 +128,10 @@ void packed(hls::stream<Word<TI, IN>>& in, hls::stream<Word<TO, OUT>>& out, cons
 #pragma HLS ARRAY_PARTITION variable = acc complete dim = 0
 #pragma HLS ARRAY_PARTITION variable = carry complete dim = 2
 #pragma HLS ARRAY_PARTITION variable = carry complete dim = 3
+#pragma HLS ARRAY_PARTITION variable = weight complete dim = 2
+#pragma HLS ARRAY_RESHAPE variable = weight complete dim = 3
+#pragma HLS ARRAY_RESHAPE variable = weight complete dim = 4
+#pragma HLS ARRAY_PARTITION variable = base complete dim = 2
     unsigned segment = 0, g = 0, nf = 0, block = 0, sf = 0, row = 0;
     const unsigned total = images * LINES * SEGMENTS * GROUPS * NF * SF;
 products:
@@ -137,7 +148,10 @@ products:
         if (sf == 0) {
             for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
-                for (unsigned f = 0; f < SPAN; ++f) acc[p][f] = segment && f < SPILL ? carry[block][p][f < SPILL ? f : 0] : A(0);
+                for (unsigned f = 0; f < SPAN; ++f) {
+#pragma HLS UNROLL
+                    acc[p][f] = segment && f < SPILL ? carry[block][p][f < SPILL ? f : 0] : A(0);
+                }
             }
         }
         unsigned channel = 0, tap = 0;  // of the word of weights
@@ -148,6 +162,7 @@ products:
 #pragma HLS ARRAY_PARTITION variable = y complete
             if (EACH) {
                 A own[P::N];
+#pragma HLS ARRAY_PARTITION variable = own complete
                 for (unsigned n = 0; n < P::N; ++n) {
 #pragma HLS UNROLL
                     own[n] = x[n * (IN / P::N) + channel];
@@ -159,10 +174,13 @@ products:
             if (P::OUTER) {
                 for (unsigned j = 0; j < K && channel < PE; ++j, ++channel) {
 #pragma HLS UNROLL
-                    for (unsigned n = 0; n < P::N; ++n) acc[channel][n] += y[n * P::FI + j * P::FJ];
+                    for (unsigned n = 0; n < P::N; ++n) {
+#pragma HLS UNROLL
+                        acc[channel][n] += y[n * P::FI + j * P::FJ];
+                    }
                 }
-            } else {
-                for (unsigned f = 0; f < P::FIELDS && tap + f < SPAN; ++f) {  // what lies beyond belongs to no tap
+            } else {  // fields beyond the span belong to no tap
+                for (unsigned f = 0; f < P::FIELDS && tap + f < SPAN; ++f) {
 #pragma HLS UNROLL
                     acc[channel][tap + f] += y[f];
                 }
@@ -179,8 +197,14 @@ products:
             Word<TO, OUT> word;
             for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
-                for (unsigned e = 0; e < E; ++e) word.v[e * PE + p] = TO(A(base[BASES == 1 ? 0 : block][p]) + acc[p][e] * SCALE);
-                for (unsigned f = 0; f < SPILL; ++f) carry[block][p][f] = acc[p][f + P::N];
+                for (unsigned e = 0; e < E; ++e) {
+#pragma HLS UNROLL
+                    word.v[e * PE + p] = TO(A(base[BASES == 1 ? 0 : block][p]) + acc[p][e] * SCALE);
+                }
+                for (unsigned f = 0; f < SPILL; ++f) {
+#pragma HLS UNROLL
+                    carry[block][p][f] = acc[p][f + P::N];
+                }
             }
             out.write(word);
             ++block;
@@ -202,6 +226,7 @@ template <typename P, typename A, bool EACH, unsigned LINES, unsigned SEGMENTS, 
 void packed(hls::stream<Word<TI, IN>>& in, hls::stream<Word<TO, OUT>>& out, const TW (&weight)[ROWS][UNITS][SIMD][K], unsigned images) {
 #pragma HLS INLINE
     const int none[1][OUT / E] = {};
+#pragma HLS ARRAY_PARTITION variable = none complete dim = 0
     packed<P, A, EACH, LINES, SEGMENTS, GROUPS, NF, SF, TAPS, E, LO, SHIFT, SCALE>(in, out, weight, none, images);
 }
 
@@ -253,21 +278,33 @@ segments:
             write_share -= length;
             const bool in_rows = row >= 0 && row < int(H);
             const unsigned from = !in_rows ? 0 : ROWS == H ? unsigned(row) : slot;
+#ifdef QL_SYNTHESIS_BODIES
             Word<TO, SIMD> read[BANKS];
+            unsigned at[BANKS];
+#pragma HLS ARRAY_PARTITION variable = read complete
+#pragma HLS ARRAY_PARTITION variable = at complete
         banks:
             for (unsigned b = 0; b < BANKS; ++b) {
 #pragma HLS UNROLL
-                const unsigned at = s + turn + (b < turned);
-                read[b] = rows[b][from][((at < COLUMNS ? at : 0) * GROUPS + g) * PARTS + part];
+                at[b] = s + turn + (b < turned);
+                read[b] = rows[b][from][((at[b] < COLUMNS ? at[b] : 0) * GROUPS + g) * PARTS + part];
             }
+#endif
             Word<TO, LANES> word;
         columns:
             for (unsigned n = 0; n < N; ++n) {
 #pragma HLS UNROLL
-                const int at = col + int(n * SW);
-                const unsigned b = turned + n * SW;
+                const int column = col + int(n * SW);
+                const bool inside = in_rows && column >= 0 && column < int(W);
+                const unsigned beyond = turned + n * SW, b = beyond < BANKS ? beyond : beyond - BANKS;
+#ifdef QL_SYNTHESIS_BODIES
+                const Word<TO, SIMD>& x = read[b];
+#else
+                const Word<TO, SIMD>& x = rows[b][from][inside ? ((s + turn + (b < turned)) * GROUPS + g) * PARTS + part : 0];
+#endif
                 for (unsigned l = 0; l < SIMD; ++l) {
-                    word.v[n * SIMD + l] = in_rows && at >= 0 && at < int(W) ? read[b < BANKS ? b : b - BANKS].v[l] : TO(OUTSIDE);
+#pragma HLS UNROLL
+                    word.v[n * SIMD + l] = inside ? x.v[l] : TO(OUTSIDE);
                 }
             }
             out.write(word);
