@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import quantlib.analysis as analysis
+    import quantlib.layerwise as layerwise
     import quantlib.search as search
     from quantlib import layers as layers
     from quantlib import quantizers as quantizers
@@ -45,6 +46,7 @@ _WHERE = {
     "layers": "quantlib.layers",
     "quantizers": "quantlib.quantizers",
     "search": "quantlib.search",
+    "layerwise": "quantlib.layerwise",
 }
 __all__ = [*_WHERE]
 
