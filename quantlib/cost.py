@@ -160,6 +160,10 @@ def mac(pixels: int, outputs: int, terms: int, x: IntType, weight: Words, sum_bi
     The PE x SIMD arrangement of a matrix-vector unit is that of FINN (Umuroglu et al., arXiv 1612.07119, section 4.2).
     """
     steps = (outputs // pe) * (terms // simd)
+    if style == "stream":  # every row of weights comes over a 64-bit bus, once per pixel
+        row = pe * simd * weight.bits
+        fetch = loop(pixels * steps * ceil(pe * simd / (64 // weight.bits)), row) + fifo(32, row)
+        return loop(pixels * steps, pe * sum_bits) + dot(simd, x, weight, sum_bits).times(pe) + fetch
     unit = dot(simd, x, weight, sum_bits) + memory(steps, simd * weight.bits, style)
     return loop(pixels * steps, pe * sum_bits) + unit.times(pe)
 

@@ -23,7 +23,7 @@ from quantlib.parts import part as find_part
 if TYPE_CHECKING:
     from quantlib.hls.call import Port
 
-MEMORY_STYLES = ("auto", "lut", "bram", "uram")
+MEMORY_STYLES = ("auto", "lut", "bram", "uram", "stream")
 # A stream word wider than this needs a vendor switch (AP_INT_MAX_W is 1,024 unless raised: UG1399, arbitrary precision types).
 WORD_BITS = 1_024
 
@@ -34,7 +34,8 @@ class Folding:
 
     `Op.folds` says which are legal: pe divides the output channels, simd the inputs that one of them reads per pixel (all of them in a
     Dense). Ops without weights work on pe channels per cycle and have simd = 1.
-    memory: where the op's tables live ("auto" chooses LUTs or block RAM by size).
+    memory: where the op's weights live ("auto" chooses LUTs or block RAM by size; "stream": in external memory, a row of them is read per
+    iteration, where `Op.folds` says so; `estimate` chooses it never by itself).
     taps: window positions worked on per cycle, on top of simd: 1, a column of the window, or all of it.
     packing: a slice of `quantlib.packing.DSPS` whose multiplier makes several products at once; "" makes each product by itself.
     """

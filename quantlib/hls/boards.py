@@ -63,7 +63,7 @@ def files(net: Netlist, part: str, clock_ns: float) -> dict[str, str | bytes]:
     found = board_of(part)
     made: dict[str, str | bytes] = {"project.tcl": template("project.tcl", part=part, clock=f"{clock_ns:g}")}
     if isinstance(found, Card):
-        ports = ["in", *(f"out{k}" for k in range(len(net.outputs)))]
+        ports = ["in", *(f"out{k}" for k in range(len(net.outputs))), *(f"weights{k}" for k in range(len(net.feeds)))]
         made["kernel.tcl"] = template("kernel.tcl", part=part, clock=f"{clock_ns:g}")
         made["kernel.cfg"] = template(
             "kernel.cfg", card=found.name, platform=found.platform, clock=f"{1000 / clock_ns:.0f}",
@@ -73,6 +73,6 @@ def files(net: Netlist, part: str, clock_ns: float) -> dict[str, str | bytes]:
     rows = "\n".join(f"    {{{b.name}}} {{{b.part} {b.board_part} {b.ps}}}" for b in BOARDS)
     made["bitstream.tcl"] = template(
         "bitstream.tcl", board=found.name if found else "", boards=rows, clock=f"{1000 / clock_ns:g}",
-        masters=1 + len(net.outputs), outputs=len(net.outputs), length=length_bits(net),
+        masters=1 + len(net.outputs) + len(net.feeds), outputs=len(net.outputs), length=length_bits(net),
     )  # fmt: skip
     return made

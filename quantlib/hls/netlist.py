@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd, lcm
 from typing import Any
 
@@ -30,7 +30,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class Stage:
-    """One call in the dataflow region: `function<args>(inputs[0], outputs[0], tables..., images, remaining inputs, remaining outputs)`."""
+    """One call in the dataflow region: `function<args>(inputs[0], outputs[0], tables..., images, weights, other inputs, outputs)`."""
 
     name: str
     node: str
@@ -43,6 +43,7 @@ class Stage:
     demand: Callable[[], tuple[Array, ...]]
     tables: tuple[tuple[str, Table], ...] = ()
     folding: Folding = Folding()
+    weights: Wire | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,54 @@ class Pin:
         return self.bus_words * (64 // self.bits) // self.wire.port.lanes
 
 
+@dataclass(frozen=True)
+class Feed:
+    """Weights that lie in memory: `rows` rows of wire.port.lanes weights of `bits` bits, all of them read `replay` times per image.
+
+    A 64-bit word holds whole weights, the first one lowest: several whole rows where they fit, else a row takes whole words.
+    """
+
+    name: str
+    node: str
+    rows: int
+    replay: int
+    bits: int
+    wire: Wire
+    build: Callable[[], Array]
+
+    @property
+    def words(self) -> int:
+        """Bus words of a row, which are the cycles it takes at least; where rows share a word, a row a cycle."""
+        return -(-self.wire.port.lanes // (64 // self.bits))
+
+    @property
+    def bus_words(self) -> int:
+        """64-bit words of all rows."""
+        each = 64 // self.bits // self.wire.port.lanes
+        return -(-self.rows // each) if each else self.rows * self.words
+
+    @property
+    def iterations(self) -> int:
+        return self.replay * self.rows * self.words
+
+    def packed(self) -> Array:
+        """The region of memory: (bus_words,) uint64."""
+        rows, per = self.build().reshape(self.rows, -1), 64 // self.bits
+        each = max(1, per // rows.shape[1])
+        wide = np.zeros((-(-self.rows // each) * each, self.words * per if each == 1 and self.words > 1 else rows.shape[1]), np.uint64)
+        wide[: self.rows, : rows.shape[1]] = rows.astype(np.int64).view(np.uint64) & np.uint64(2**self.bits - 1)
+        lanes = wide.reshape(self.bus_words, -1)
+        shifts = np.arange(lanes.shape[1], dtype=np.uint64) * np.uint64(self.bits)
+        return np.bitwise_or.reduce(lanes << shifts, axis=1)
+
+
 @dataclass
 class Netlist:
-    """Stages in topological order, the wires between them, and the pins."""
+    """Stages in topological order, the wires between them, the pins, and weights that come from memory."""
 
     stages: list[Stage] = field(default_factory=list)
     wires: list[Wire] = field(default_factory=list)
+    feeds: list[Feed] = field(default_factory=list)
     input: Pin = None  # type: ignore[assignment]  # set by build
     outputs: list[Pin] = field(default_factory=list)
 
@@ -185,9 +228,20 @@ class _Builder:
             stage = self.identifier(f"{node}_{kernel.label}" if kernel.label else f"{node}_stage")
             tables = tuple((f"{name}_{t.name}", t) for t in kernel.tables)
             shape = (kernel.header, kernel.function, kernel.args, tuple(ins), (w,), kernel.iterations, kernel.demand)
-            self.net.stages.append(Stage(stage, node, *shape, tables, folding))
+            made = Stage(stage, node, *shape, tables, folding)
+            self.net.stages.append(self.feed(made, f"{name}_weights") if folding.memory == "stream" and tables else made)
             ends = [w]
         return ends[0]
+
+    def feed(self, s: Stage, name: str) -> Stage:
+        """The stage with its weights on a wire from memory in the place of its table."""
+        if s.function != "ql::matvec":
+            raise GraphError(f"{s.node}: memory style stream is for plain matrix-vector products, not for {s.function}")
+        (_, table), values = s.tables[0], s.tables[0][1].build()
+        exact, rows = IntType((1,), int(values.min()), int(values.max())), len(values)
+        wire = self.wire(name, Port(ctype(exact), values[0].size, s.iterations))
+        self.net.feeds.append(Feed(name, s.node, rows, s.iterations // rows, exact.bits, wire, table.build))
+        return replace(s, header="ql_streamed.hpp", function="ql::streamed_matvec", tables=(), weights=wire)
 
 
 def build(graph: Graph, foldings: Mapping[str, Folding], depths: Mapping[str, tuple[int, ...]] | None = None) -> Netlist:

@@ -9,13 +9,14 @@ from itertools import groupby
 from string import Template
 
 from quantlib.hls.call import ctype
-from quantlib.hls.netlist import Netlist, Pin, Stage, Wire
+from quantlib.hls.netlist import Netlist, Stage, Wire
 from quantlib.ir import Graph, IntType
 from quantlib.schedule import Folding
 
 SHALLOW_FIFO = 64  # up to here a FIFO is made of shift registers
 LINE = 160  # longer calls go over three lines
 GLUE = "ql_glue.hpp"
+MEMORY = {"auto": "", "stream": "weights from memory"}
 
 
 def template(name: str, **values: object) -> str:
@@ -32,8 +33,13 @@ def word(ctype: str, lanes: int) -> str:
     return f"ql::Word<{ctype}, {lanes}>"
 
 
-def stream_type(pin: Pin) -> str:
-    return f"hls::stream<{word(pin.wire.port.ctype, pin.wire.port.lanes)}>"
+def stream_type(w: Wire) -> str:
+    return f"hls::stream<{word(w.port.ctype, w.port.lanes)}>"
+
+
+def ends(net: Netlist) -> list[Wire]:
+    """The streams `network` is called with, in order: input, outputs, weights from memory."""
+    return [net.input.wire, *(p.wire for p in net.outputs), *(f.wire for f in net.feeds)]
 
 
 def literal(value: object) -> str:
@@ -42,7 +48,8 @@ def literal(value: object) -> str:
 
 def stage_line(s: Stage) -> str:
     args = f"<{', '.join(map(literal, s.args))}>" if s.args else ""
-    names = [s.inputs[0].name, s.outputs[0].name, *(n for n, _ in s.tables), "images", *(w.name for w in (*s.inputs[1:], *s.outputs[1:]))]
+    more = [w.name for w in (s.weights, *s.inputs[1:], *s.outputs[1:]) if w]
+    names = [s.inputs[0].name, s.outputs[0].name, *(n for n, _ in s.tables), "images", *more]
     call, given = f"{s.function}{args}", ", ".join(names)
     line = f'    QL_STAGE("{s.name}", {call}({given}));'
     return line if len(line) <= LINE else f'    QL_STAGE("{s.name}",\n        {call}(\n            {given}));'
@@ -66,7 +73,7 @@ def stream_lines(wires: Sequence[Wire]) -> list[str]:
     for w in wires:
         impl = "srl" if w.depth <= SHALLOW_FIFO else "bram"
         lines += [
-            f'    static hls::stream<{word(w.port.ctype, w.port.lanes)}> {w.name}("{w.name}");',
+            f'    static {stream_type(w)} {w.name}("{w.name}");',
             f"#pragma HLS STREAM variable={w.name} depth={w.depth}",
             f"#pragma HLS BIND_STORAGE variable={w.name} type=fifo impl={impl}",
             f"#pragma HLS AGGREGATE variable={w.name} compact=bit",
@@ -78,7 +85,7 @@ def stream_lines(wires: Sequence[Wire]) -> list[str]:
 def folding_text(f: Folding) -> str:
     """pe 4, simd 8, taps 3, packing dsp48e2, weights in bram: what differs from one lane."""
     parts = [f"pe {f.pe}", f"simd {f.simd}" if f.simd > 1 else "", f"taps {f.taps}" if f.taps > 1 else ""]
-    parts += [f"packing {f.packing}" if f.packing else "", "" if f.memory == "auto" else f"weights in {f.memory}"]
+    parts += [f"packing {f.packing}" if f.packing else "", MEMORY.get(f.memory, f"weights in {f.memory}")]
     return ", ".join(p for p in parts if p)
 
 
@@ -86,7 +93,12 @@ def shape_text(t: IntType) -> str:
     return " x ".join(map(str, t.shape))
 
 
-def about(graph: Graph, node: str, stages: Sequence[Stage], again: bool) -> str:
+def cycles(net: Netlist, node: str, kernels: Sequence[Stage]) -> int:
+    """Those of the slowest stage, or of the bus that brings the node's weights."""
+    return max([*(s.iterations for s in kernels), *(f.iterations for f in net.feeds if f.node == node)])
+
+
+def about(graph: Graph, net: Netlist, node: str, stages: Sequence[Stage], again: bool) -> str:
     """One line on a node: op, types, folding, cycles per image."""
     n = graph.by_name[node]
     if again:
@@ -95,9 +107,8 @@ def about(graph: Graph, node: str, stages: Sequence[Stage], again: bool) -> str:
         return f"{plain(node)}: the network's input, {shape_text(n.type)} {ctype(n.type)}"
     x = " and ".join(f"{shape_text(t)} {ctype(t)}" for t in graph.types(n))
     kernels = [s for s in stages if s.header != GLUE]
-    cycles = max(s.iterations for s in kernels)
-    fold = folding_text(kernels[-1].folding)
-    return f"{plain(node)}: {type(n.op).__name__}, {x} -> {shape_text(n.type)} {ctype(n.type)}; {fold}; {cycles:,} cycles"
+    fold, pace = folding_text(kernels[-1].folding), cycles(net, node, kernels)
+    return f"{plain(node)}: {type(n.op).__name__}, {x} -> {shape_text(n.type)} {ctype(n.type)}; {fold}; {pace:,} cycles"
 
 
 def layers(net: Netlist) -> list[tuple[str, list[Stage], bool]]:
@@ -122,17 +133,16 @@ def network(graph: Graph, net: Netlist, loads: Sequence[str]) -> str:
     """src/network.hpp."""
     names = [n for s in net.stages for n, _ in s.tables]
     includes = [*(f'#include "{h}"' for h in dict.fromkeys([GLUE, *net.headers])), "", *(f'#include "../params/{n}.h"' for n in names)]
-    pins = (net.input, *net.outputs)
-    parameters = [f"{stream_type(p)}& {p.wire.name}" for p in pins]
-    ends = {p.wire.name for p in pins}
+    parameters = [f"{stream_type(w)}& {w.name}" for w in ends(net)]
+    outer = {w.name for w in ends(net)}
     streams: list[str] = []
     calls: list[str] = []
     starts: list[int] = []
     for node, stages, again in layers(net):
-        wires = [w for s in stages for w in s.outputs if w.name not in ends]
+        wires = [w for s in stages for w in s.outputs if w.name not in outer]
         streams += [f"    // written by {plain(node)}", *stream_lines(wires)] if wires else []
         starts.append(len(calls))
-        calls += ["", f"    // {about(graph, node, stages, again)}"]
+        calls += ["", f"    // {about(graph, net, node, stages, again)}"]
         for s in stages:
             calls += [*memory_pragmas(s), *stage_line(s).splitlines()]
 

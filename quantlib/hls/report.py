@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from quantlib import pages
 from quantlib.hls import boards
 from quantlib.hls.netlist import Netlist, Pin, Wire
-from quantlib.hls.network import GLUE, folding_text, layers, plain, shape_text, template
+from quantlib.hls.network import GLUE, cycles, folding_text, layers, plain, shape_text, template
 from quantlib.ir import Graph
 from quantlib.parts import RESOURCES
 from quantlib.schedule import BASE_DEPTH
@@ -32,7 +32,7 @@ def layer_rows(graph: Graph, net: Netlist) -> list[tuple[str, str, str, str, str
         if kernels:
             n, fold = graph.by_name[node], folding_text(kernels[-1].folding)
             rows.append((plain(node), type(n.op).__name__, f"{shape_text(n.type)}, {n.type.lo}..{n.type.hi}", fold,
-                         f"{max(s.iterations for s in kernels):,}"))  # fmt: skip
+                         f"{cycles(net, node, kernels):,}"))  # fmt: skip
     return rows
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from quantlib.hls import boards, report
 from quantlib.hls.call import Table, hw
 from quantlib.hls.netlist import Netlist, Pin
-from quantlib.hls.network import network, plain, stream_type, template
+from quantlib.hls.network import ends, network, plain, stream_type, template
 from quantlib.hls.network import stage_line as stage_line
 from quantlib.hls.network import word as word
 from quantlib.ir import Graph, IntType
@@ -70,21 +70,33 @@ def table_files(name: str, table: Table) -> tuple[dict[str, str | bytes], str]:
 
 def port_lines(net: Netlist, depth: int = BASE_DEPTH) -> str:
     lines = []
-    for p in (net.input, *net.outputs):
-        lines.append(f'    static {stream_type(p)} {p.wire.name}("{p.wire.name}");')
-        lines.append(f"#pragma HLS STREAM variable={p.wire.name} depth={depth}")
-        lines.append(f"    QL_DEPTH({p.wire.name}, {depth});")
+    for w in ends(net):
+        lines.append(f'    static {stream_type(w)} {w.name}("{w.name}");')
+        lines.append(f"#pragma HLS STREAM variable={w.name} depth={depth}")
+        lines.append(f"    QL_DEPTH({w.name}, {depth});")
     return "\n".join(lines)
+
+
+def fetch_lines(net: Netlist, memory: str) -> list[str]:
+    """The stages that fetch weights; `memory` is a pattern for the name of feed k's region."""
+    lines = []
+    for k, f in enumerate(net.feeds):
+        region = memory.format(k=k, name=f.name)
+        lines.append(f'    QL_STAGE("fetch_{f.name}", ql::fetch<{f.rows}, {f.replay}, {f.bits}>({region}, {f.wire.name}, images));')
+    return lines
 
 
 def csim(net: Netlist) -> str:
     first, last = net.input.wire, net.outputs
-    arguments = ", ".join([first.name, *(p.wire.name for p in last), "images"])
-    calls = [f'    QL_STAGE("source", ql::source(in, {first.name}, uint64_t({first.port.words}), images));', f"    network({arguments});"]
+    arguments = ", ".join([*(w.name for w in ends(net)), "images"])
+    calls = [f'    QL_STAGE("source", ql::source(in, {first.name}, uint64_t({first.port.words}), images));']
+    calls += [*fetch_lines(net, "{name}"), f"    network({arguments});"]
     calls += [
         f'    QL_STAGE("sink{k}", ql::sink({p.wire.name}, out[{k}], uint64_t({p.wire.port.words}), &times[{k}], images));'
         for k, p in enumerate(last)
     ]
+    regions = [f"uint64_t {f.name}[{f.bus_words}];" for f in net.feeds]
+    loads = [f'    missing += !ql::load_table(std::string(folder) + "/{f.name}.bin", {f.name}, sizeof({f.name}));' for f in net.feeds]
     advance = [f"            at[{k}] = out[{k}] + n * uint64_t({p.type.numel});" for k, p in enumerate(last)]
     return template(
         "csim.cpp",
@@ -92,6 +104,8 @@ def csim(net: Netlist) -> str:
         calls="\n".join(calls),
         outputs=len(last),
         advance="\n".join(advance),
+        regions="\n".join(regions),
+        loads="\n".join(loads),
         in_elements=net.input.type.numel,
     )
 
@@ -103,25 +117,33 @@ def tops(graph: Graph, net: Netlist) -> dict[str, str]:
         f"// {name}: edge {plain(p.edge)}, {p.type}, {p.bits}-bit containers, {p.bus_words} words per image"
         for name, p in zip(ports, pins, strict=True)
     )
-    axis = ", ".join(f"hls::stream<bus_word>& {n}" for n in ports)
-    memory = ", ".join(f"{'const ' if n == 'in' else ''}uint64_t* {n}" for n in ports)
+    layout += "".join(
+        f"\n// weights{k}: those of {plain(f.node)}, params/{f.name}.bin, {f.bus_words} words" for k, f in enumerate(net.feeds)
+    )
+    fed = [f"const uint64_t* weights{k}" for k in range(len(net.feeds))]
+    axis = ", ".join([*(f"hls::stream<bus_word>& {n}" for n in ports), *fed])
+    memory = ", ".join([*(f"{'const ' if n == 'in' else ''}uint64_t* {n}" for n in ports), *fed])
 
     def calls(way: str) -> str:
         p = net.input
         kind = ("hls::stream<bus_word>&",) * 2 if way == "axis" else ("const uint64_t*", "uint64_t*")
         lines = [f'    QL_STAGE("enter", ql::enter<{p.type.numel}, {p.bits}, {kind[0]}>(in, {p.wire.name}, images));']
-        lines.append(f"    network({', '.join([q.wire.name for q in pins])}, images);")
+        lines += [*fetch_lines(net, "weights{k}"), f"    network({', '.join(w.name for w in ends(net))}, images);"]
         lines += [
             f'    QL_STAGE("leave{k}", ql::leave<{q.type.numel}, {q.bits}, {kind[1]}>({q.wire.name}, out{k}, images));'
             for k, q in enumerate(net.outputs)
         ]
         return "\n".join([*lines, "    QL_RUN();"])
 
-    axis_pragmas = "\n".join(f"#pragma HLS INTERFACE axis port = {n}" for n in ports)
-    depth = {n: p.bus_words * 4 for n, p in zip(ports, pins, strict=True)}
-    memory_pragmas = "\n".join(
-        f"#pragma HLS INTERFACE m_axi port = {n} offset = slave bundle = gmem{i} depth = {depth[n]}" for i, n in enumerate(ports)
-    )
+    def masters(named: Sequence[tuple[str, int]]) -> list[str]:
+        """Words come one by one, so many reads are kept under way."""
+        way = "#pragma HLS INTERFACE m_axi port = {} offset = slave bundle = gmem{} depth = {} latency = 64 num_read_outstanding = 64"
+        return [way.format(name, i, depth) for i, (name, depth) in enumerate(named)]
+
+    data = [(n, p.bus_words * 4) for n, p in zip(ports, pins, strict=True)]
+    weights = [(f"weights{k}", f.bus_words) for k, f in enumerate(net.feeds)]
+    axis_pragmas = "\n".join([*(f"#pragma HLS INTERFACE axis port = {n}" for n in ports), *masters(weights)])
+    memory_pragmas = "\n".join(masters([*data, *weights]))
     return {
         "src/top.hpp": template("top.hpp", layout=layout, axis_parameters=axis, memory_parameters=memory),
         "src/top.cpp": template(
@@ -151,11 +173,14 @@ def testbench(net: Netlist, images: int) -> str:
         return "{" + ", ".join([f'"{plain(p.edge)}"', *map(str, map_shape(p.type)), str(p.bits), str(p.bus_words)]) + "}"
 
     count = range(len(net.outputs))
+    fed = [f"weights[{k}].data()" for k in range(len(net.feeds))]
+    memory = ", ".join(["in.data()", *(f"out[{k}].data()" for k in count), *fed, "IMAGES"])
+    axis = ", ".join(["from", *(f"to{k}" for k in count), *fed, "IMAGES"])
     return template(
         "testbench.cpp", images=images, input=edge(net.input), outputs=", ".join(map(edge, net.outputs)),
-        memory_call=f"top_memory(in.data(), {', '.join(f'out[{k}].data()' for k in count)}, IMAGES);",
+        weights=", ".join(f'{{"{f.name}", {f.bus_words}}}' for f in net.feeds), memory_call=f"top_memory({memory});",
         axis_streams="\n".join(f'    hls::stream<bus_word> to{k}("bus_out{k}");' for k in count),
-        axis_call=f"top_axis(from, {', '.join(f'to{k}' for k in count)}, IMAGES);", axis_pointers=", ".join(f"&to{k}" for k in count),
+        axis_call=f"top_axis({axis});", axis_pointers=", ".join(f"&to{k}" for k in count),
     )  # fmt: skip
 
 
@@ -177,6 +202,7 @@ def driver(graph: Graph, net: Netlist) -> dict[str, str]:
         "outputs": [edge(p) for p in net.outputs],
         "front": front and {"thresholds": front.thresholds.tolist(), "sign": front.sign.tolist()},
         "decodes": decodes,
+        "weights": [{"port": f"weights{k}", "file": f"params/{f.name}.bin", "words": f.bus_words} for k, f in enumerate(net.feeds)],
     }
     return {"driver.py": template("driver.py"), "driver.json": json.dumps(about, indent=1) + "\n"}
 
@@ -191,6 +217,8 @@ def project(graph: Graph, net: Netlist, part: str, clock_ns: float, golden: tupl
             made, load = table_files(name, table)
             files.update(made)
             loads += [load] if load else []
+    for f in net.feeds:
+        files[f"params/{f.name}.bin"] = f.packed().astype("<u8").tobytes()
     files["src/network.hpp"] = network(graph, net, loads)
     files.update(tops(graph, net))
     files["src/csim.cpp"] = csim(net)

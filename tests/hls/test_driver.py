@@ -95,11 +95,12 @@ class Ip:
 def compiled(made: project.Project) -> Any:
     """top_memory of the project behind a C function."""
     outs = [f"out{k}" for k in range(len(made.net.outputs))]
+    fed = [f"weights{k}" for k in range(len(made.net.feeds))]
     wrapper = made.folder / "build" / "wrapper.cpp"
     wrapper.parent.mkdir(exist_ok=True)
     wrapper.write_text(
-        f'#include "../src/top.cpp"\nextern "C" void run(const uint64_t* in, {", ".join(f"uint64_t* {o}" for o in outs)}, unsigned images) '
-        f"{{ top_memory(in, {', '.join(outs)}, images); }}\n"
+        f'#include "../src/top.cpp"\nextern "C" void run(const uint64_t* in, {", ".join(f"uint64_t* {o}" for o in [*outs, *fed])}, '
+        f"unsigned images) {{ top_memory(in, {', '.join([*outs, *fed])}, images); }}\n"
     )
     target = wrapper.with_suffix(".so")
     if not target.exists():
@@ -107,13 +108,13 @@ def compiled(made: project.Project) -> Any:
         flags = ["-std=c++14", "-O0", "-fPIC", "-shared", "-w", *includes]
         subprocess.run([project.compiler(), *flags, str(wrapper), "-o", str(target)], check=True)
     run = ctypes.CDLL(str(target)).run
-    run.argtypes, run.restype = [ctypes.c_void_p] * (1 + len(outs)) + [ctypes.c_uint], None
+    run.argtypes, run.restype = [ctypes.c_void_p] * (1 + len(outs) + len(fed)) + [ctypes.c_uint], None
     return run
 
 
 def memory_overlay(made: project.Project, high: bool = True) -> SimpleNamespace:
     """An overlay with top_memory; with high=False the ports have one 32-bit register each."""
-    ports = ["in_r", *(f"out{k}" for k in range(len(made.net.outputs)))]
+    ports = ["in_r", *(f"out{k}" for k in range(len(made.net.outputs))), *(f"weights{k}" for k in range(len(made.net.feeds)))]
     run = compiled(made)
 
     def work() -> None:
@@ -153,7 +154,8 @@ class Streams:
 
     def __init__(self, made: project.Project, broken: bool = False) -> None:
         self.run, self.words = compiled(made), [p.bus_words for p in made.net.outputs]
-        self.top_axis_0, self.left, self.broken = Ip(["images"], self.start), 0, broken
+        self.fed = [f"weights{k}" for k in range(len(made.net.feeds))]  # AXI4 masters beside the streams
+        self.top_axis_0, self.left, self.broken = Ip(["images", *(f"{n}_{i}" for n in self.fed for i in (1, 2))], self.start), 0, broken
         self.queues: list[deque[np.ndarray]] = [deque() for _ in self.words]
         self.ip_dict = {"top_axis_0": self.top_axis_0.entry("top_axis")}
         self.channels = []
@@ -170,7 +172,8 @@ class Streams:
         send = self.channels[0].sendchannel
         if send.pending and self.left and not self.broken and not any(self.queues):
             outs = [np.zeros(w, np.uint64) for w in self.words]
-            self.run(send.buffer.device_address, *(o.ctypes.data for o in outs), 1)
+            regions = [self.top_axis_0[f"{n}_1"] | self.top_axis_0[f"{n}_2"] << 32 for n in self.fed]
+            self.run(send.buffer.device_address, *(o.ctypes.data for o in outs), *regions, 1)
             for queue, words in zip(self.queues, outs, strict=True):
                 queue.append(words)
             send.pending = False
@@ -264,6 +267,23 @@ def test_two_results_equal_run(twice: project.Project, top: str, tmp_path: Path)
     assert path.name == "logits.npz"
     with np.load(path) as file:
         assert all(np.array_equal(file[f"arr_{k}"], g) for k, g in enumerate(got))
+
+
+@pytest.mark.parametrize("top", ["memory", "axis"])
+def test_weights_are_fed_from_memory(nets: ModuleType, top: str, tmp_path: Path) -> None:
+    graph, folding = nets.small()
+    made = project.write(
+        graph, tmp_path / "p", {**folding, "conv": project.Folding(4, 3, "stream"), "fc": project.Folding(5, 16, "stream")}
+    )
+    driver = program(made)
+    overlay: Any = Streams(made) if top == "axis" else memory_overlay(made)
+    accelerator = driver.Accelerator(overlay, allocate, 2)
+    x = images(made, 3)
+    assert np.array_equal(driver.run(accelerator, x)[0], ql.run(graph, x).numpy())
+    path = made.folder / "params" / "fc_weights.bin"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(driver.DriverError, match=r"fc_weights.bin holds 79 words of 64 bits, 80 were exported; copy params/ to the board"):
+        driver.Accelerator(overlay, allocate, 2)
 
 
 def test_packing_is_that_of_the_project_and_comes_back(twice: project.Project) -> None:

@@ -11,7 +11,7 @@
 
 namespace {
 std::string last_report;
-
+$regions
 void simulate(const int64_t* in, int64_t* const* out, std::vector<std::vector<uint64_t>>& times, unsigned images) {
 $ports
 #if QL_MODE == 0
@@ -45,7 +45,11 @@ $advance
     return last_report.size();
 }
 QL_EXPORT void ql_report(char* to) { std::memcpy(to, last_report.data(), last_report.size()); }
-QL_EXPORT int ql_load(const char* folder) { return load_tables(folder); }
+QL_EXPORT int ql_load(const char* folder) {
+    int missing = load_tables(folder);
+$loads
+    return missing;
+}
 // Another depth for one FIFO, by name; 0 takes the experiment back.
 QL_EXPORT void ql_depth(const char* name, uint64_t depth) {
     if (depth)

@@ -160,6 +160,16 @@ class Accelerator:
         self.source = allocate((batch, words_of(INPUT)), dtype=np.uint64)
         self.sinks = [allocate((batch, words_of(edge)), dtype=np.uint64) for edge in OUTPUTS]
         self.batch, self.patience, self.seconds = batch, patience, 0.0
+        self.weights = []  # they stay in memory as long as this object lives
+        for w in NETWORK["weights"]:
+            words = np.fromfile(HERE / w["file"], dtype="<u8")
+            if len(words) != w["words"]:
+                raise DriverError(f"{HERE / w['file']} holds {len(words)} words of 64 bits, {w['words']} were exported; copy params/ to the board")
+            region = allocate((len(words),), dtype=np.uint64)
+            region[:] = words
+            region.flush()
+            self.weights.append(region)
+            self.point(w["port"], region)
 
     def register(self, pattern: str) -> int:
         for name, offset in self.registers.items():

@@ -7,8 +7,10 @@
 #include <cstdlib>
 #include <fstream>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "ql.hpp"
 #include "top.hpp"
 
 namespace {
@@ -23,6 +25,7 @@ struct Edge {
 const Edge INPUT = $input;
 const Edge OUTPUTS[] = {$outputs};
 const unsigned COUNT = sizeof(OUTPUTS) / sizeof(OUTPUTS[0]);
+const std::vector<std::pair<std::string, size_t>> WEIGHTS = {$weights};  // files in the parameters' folder, 64-bit words
 
 bool load(const std::string& path, size_t count, std::vector<int64_t>& values) {
     std::ifstream file(path.c_str());
@@ -70,6 +73,14 @@ int main(int argc, char** argv) {
     if (load_parameters(params.c_str())) {
         std::printf("a parameter file is missing in %s\n", params.c_str());
         return 1;
+    }
+    std::vector<std::vector<uint64_t>> weights;
+    for (const auto& w : WEIGHTS) {
+        weights.emplace_back(w.second);
+        if (!ql::load_table(params + "/" + w.first + ".bin", weights.back().data(), 8 * w.second)) {
+            std::printf("%s.bin is missing or too short in %s\n", w.first.c_str(), params.c_str());
+            return 1;
+        }
     }
     std::vector<int64_t> values;
     if (!load(golden + "/input.txt", size_t(INPUT.elements()) * IMAGES, values)) return 1;
