@@ -94,7 +94,7 @@ class Project:
                 raise KeyError(f"there is no FIFO {name}; there are {', '.join(sorted(names))}")
         for name in names:
             library.ql_depth(name.encode(), (depths or {}).get(name, 0))
-        longest = max(s.iterations for s in (*self.net.stages, *self.net.feeds))
+        longest = max([s.iterations for s in self.net.stages] + [f.iterations for f in self.net.feeds])
         most = len(codes) if mode == "fast" else max(1, (2**31 - 1) // longest)  # loop counters are 32 bits wide
         pieces = [self._simulate(library, codes[i : i + most], mode) for i in range(0, len(codes), most)]
         return {edge: np.concatenate([p[edge] for p in pieces]) for edge in pieces[0]}

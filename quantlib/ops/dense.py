@@ -55,7 +55,8 @@ class Dense(Op):
 
     def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
         packed, unpacked = packed_folds(self, x[0], y)
-        return Folds(*self.weight.shape, packed=packed, unpacked=unpacked, streams=True)
+        o, k = self.weight.shape
+        return Folds(o, k, packed=packed, unpacked=unpacked, streams=True)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """pe outputs x simd inputs per cycle, inputs in stream order (H, W, C): (O/pe) * (K/simd) iterations; pe divides O, simd K."""
