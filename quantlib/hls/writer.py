@@ -82,7 +82,7 @@ def fetch_lines(net: Netlist, memory: str) -> list[str]:
     lines = []
     for k, f in enumerate(net.feeds):
         region = memory.format(k=k, name=f.name)
-        lines.append(f'    QL_STAGE("fetch_{f.name}", ql::fetch<{f.rows}, {f.replay}, {f.bits}>({region}, {f.wire.name}, images));')
+        lines.append(f'    QL_STAGE("fetch_{f.name}", ql::fetch_rows<{f.rows}, {f.replay}, {f.bits}>({region}, {f.wire.name}, images));')
     return lines
 
 

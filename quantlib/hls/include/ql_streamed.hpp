@@ -8,13 +8,13 @@ namespace ql {
 // Rows of N weights of BITS bits from 64-bit words, all ROWS of them REPLAY times per image. A word holds whole weights, the first one lowest: several
 // whole rows where they fit, else a row takes whole words. Iterations per image: REPLAY * ROWS * WORDS.
 template <unsigned ROWS, unsigned REPLAY, unsigned BITS, typename T, unsigned N>
-void fetch(const uint64_t* memory, hls::stream<Word<T, N>>& out, unsigned images) {
+void fetch_rows(const uint64_t* memory, hls::stream<Word<T, N>>& out, unsigned images) {
     const unsigned PER = 64 / BITS, EACH = N <= PER ? PER / N : 1, WORDS = N <= PER ? 1 : (N + PER - 1) / PER;
     Word<T, N> row;
     uint64_t data = 0;
     unsigned word = 0, slot = 0, at = 0, position = 0;
     const unsigned total = images * REPLAY * ROWS * WORDS;
-fetch:
+rows:
     for (unsigned i = 0; i < total; ++i) {
 #pragma HLS PIPELINE II = 1
         QL_CYCLE();
