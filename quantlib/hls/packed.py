@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # Every word fits its signed port for the codes that occur: `Packing.fits` decides about the lowest weight code, no bit is spared for it.
 EXACT = Rule(sign_bit=True, spare_up_to=0, any_scheme=True)
 
+# What a slice is worth in LUTs where one packing saves slices and another LUTs: the XCZU3EG has 196 LUTs per slice, the XC7Z020 242.
+SLICE_LUTS = 200
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -302,13 +305,14 @@ def _usable(layer: Layer, dsp: str) -> Iterator[Packing]:
 
 @cache
 def columns(layer: Layer, dsp: str) -> tuple[int, ...]:
-    """Lengths of segments for which there is a packing."""
-    return tuple(sorted({p.acts for p in _usable(layer, dsp)}))
+    """Lengths of segments for which there is a packing that makes at least half as many products as the best."""
+    found = list(_usable(layer, dsp))
+    return tuple(sorted({p.acts for p in found if 2 * p.macs >= max(q.macs for q in found)}))
 
 
 @cache
 def unit(layer: Layer, pe: int, simd: int, n: int, dsp: str) -> Unit:
-    """The unit for segments of n columns with the most products per slice and cycle; among equals that with the fewest LUTs.
+    """The unit for segments of n columns with the smallest product of cycles and area, a slice counted as SLICE_LUTS.
 
     Counted are the cycles of the slowest stage, so that segments which the stages around cannot feed count as what they are.
     """
@@ -316,7 +320,7 @@ def unit(layer: Layer, pe: int, simd: int, n: int, dsp: str) -> Unit:
     for p in (p for p in _usable(layer, dsp) if p.acts == n):
         options = [Unit(layer, pe, simd, p, min(depth, simd), trick) for trick in (False, True) if (depth := p.depth(trick))]
         found.append(min(options, key=lambda u: unit_cost(u).lut))
-    return min(found, key=lambda u: (u.cycles * u.slices, unit_cost(u).lut))
+    return min(found, key=lambda u: u.cycles * (SLICE_LUTS * u.slices + unit_cost(u).lut))
 
 
 def packed_folds(op: Any, x: IntType, y: IntType) -> tuple[dict[str, Folds], str]:
@@ -405,7 +409,7 @@ def packed_cost(op: Any, x: IntType, y: IntType, folding: Folding) -> Cost:
     u = unit_of(op, x, y, folding)
     la, bits = u.layer, u.kept * u.pe * u.layer.sum_bits
     cost = unit_cost(u) + memory(u.blocks * u.steps, u.simd * u.taps * la.weight_bits, folding.memory).times(u.pe)
-    cost += memory(u.steps, u.columns * u.lanes * la.act_bits) + memory(u.blocks, u.pe * (u.taps - 1) * la.sum_bits)
+    cost += memory(u.steps, u.columns * u.lanes * la.act_bits) + memory(u.blocks, u.pe * (u.taps - 1) * la.sum_bits, "lut")
     cost += loop(u.iterations, bits)
     if la.lo:
         cost += adder(la.act_bits).times(u.lanes)
@@ -421,5 +425,5 @@ def packed_cost(op: Any, x: IntType, y: IntType, folding: Folding) -> Cost:
     last = sum(w.need(r) == la.x[1] for r in range(la.y[1]))  # rows of segments that are written when all is read
     pause = last * w.fetches / w.iterations if u.iterations <= w.iterations else last / la.y[1] * (1 - w.silence / u.iterations)
     cost += loop(w.iterations, word, w.need(0) / la.x[1], pause) + held + choice + fifo(max(32, u.steps + u.backlog), word)
-    order = memory(2 * u.blocks, bits) + Cost(lut=u.pe * la.sum_bits * ceil(u.kept / 4))
+    order = memory(2 * u.blocks, bits, "lut") + Cost(lut=u.pe * la.sum_bits * ceil(u.kept / 4))
     return cost + loop(u.reordered, u.pe * la.sum_bits) + order + fifo(max(32, u.blocks), bits)

@@ -14,8 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_every_network import randomised, shape_of
 
 import quantlib as ql
+import zoo
 from quantlib.hls import packed
 from quantlib.ir import Graph, GraphError, IntType
 from quantlib.ops import Conv2d, Dense, Op
@@ -299,3 +301,14 @@ def test_networks_with_packing_in_every_layer(nets: ModuleType, tmp_path: Path, 
     chosen = everywhere(graph, foldings)
     assert sum(bool(f.packing) for f in chosen.values()) >= 2
     runs_as_planned(graph, chosen, tmp_path / "p", ["timed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vggtiny_cifar10", "ultranet_bypass_dacsdc", "skynet_dacsdc"])
+def test_zoo_networks_with_packing_in_every_layer(tmp_path: Path, name: str) -> None:
+    """Depthwise layers, 1x1 layers and 8-bit inputs among them."""
+    graph = ql.convert(randomised(name, dict((zoo.card(name).converts or ({},))[0])), shape_of(name))
+    plan = ql.estimate(graph, "xczu9eg")
+    chosen = everywhere(graph, {row.name: Folding(row.folding.pe, row.folding.simd) for row in plan.rows})
+    assert all(chosen[n.name].packing for n in graph if isinstance(n.op, (Conv2d, Dense)))
+    runs_as_planned(graph, chosen, tmp_path / "p", ["fast", "fifo", "timed"])

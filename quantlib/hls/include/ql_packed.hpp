@@ -128,6 +128,7 @@ void packed(hls::stream<Word<TI, IN>>& in, hls::stream<Word<TO, OUT>>& out, cons
 #pragma HLS ARRAY_PARTITION variable = acc complete dim = 0
 #pragma HLS ARRAY_PARTITION variable = carry complete dim = 2
 #pragma HLS ARRAY_PARTITION variable = carry complete dim = 3
+#pragma HLS BIND_STORAGE variable = carry type = ram_s2p impl = lutram
 #pragma HLS ARRAY_PARTITION variable = weight complete dim = 2
 #pragma HLS ARRAY_RESHAPE variable = weight complete dim = 3
 #pragma HLS ARRAY_RESHAPE variable = weight complete dim = 4
@@ -391,6 +392,7 @@ void pixels(hls::stream<Word<T, LANES>>& in, hls::stream<Word<T, PE>>& out, unsi
     static_assert(LANES == E * PE, "E pixels of PE channels per word");
     Word<T, LANES> buffer[2][NF];
 #pragma HLS AGGREGATE variable = buffer compact = bit
+#pragma HLS BIND_STORAGE variable = buffer type = ram_s2p impl = lutram
     unsigned to_read = 0, to_write = 0, length = 0;  // of this phase: words and iterations
     unsigned read_share = 0, write_share = 0, step = 0;
     unsigned line = 0, s = 0, base = 0;  // the segment that is written, and its first sum
