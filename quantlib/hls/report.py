@@ -17,6 +17,7 @@ from quantlib.schedule import BASE_DEPTH
 if TYPE_CHECKING:
     from quantlib.schedule import Plan
 
+FED = ("node", "file", "64-bit words", "read per image")
 NAMES = {"lut": "LUT", "ff": "FF", "dsp": "DSP", "bram18": "BRAM18", "uram": "URAM"}
 
 
@@ -99,6 +100,17 @@ def fifo_rows(net: Netlist) -> list[tuple[str, str, str, str]]:
     return [(w.name, f"{w.depth:,}", str(word_bits(w)), f"{w.depth * word_bits(w) / 1024:,.1f}") for w in deep]
 
 
+def feed_rows(net: Netlist) -> list[tuple[str, str, str, str]]:
+    """(node, file, words of 64 bits, words read per image) of weights that come from memory."""
+    return [(plain(f.node), f"params/{f.name}.bin", f"{f.bus_words:,}", f"{f.bus_words * f.replay:,}") for f in net.feeds]
+
+
+def traffic(net: Netlist, plan: Plan) -> str:
+    """What all weights from memory ask of it together: the plan looks at each port by itself."""
+    share = sum(f.bus_words * f.replay for f in net.feeds) / plan.cycles
+    return f"Together {share:.2f} words of 64 bits per cycle; ports that share a memory share what it brings."
+
+
 def html(graph: Graph, net: Netlist, plan: Plan) -> str:
     """report.html: the plan as figures, bars and tables."""
     rows = [
@@ -110,6 +122,7 @@ def html(graph: Graph, net: Netlist, plan: Plan) -> str:
     deep, all_wires = fifo_rows(net), len(net.wires) - 1 - len(net.outputs)
     why = "The deeper ones hold what arrives while their reader pauses, or what the shorter of two branches must store:"
     fifos = f"<p>{all_wires} FIFOs, {all_wires - len(deep)} of them {BASE_DEPTH} words deep. {why}</p>"
+    fed = [("Weights from memory", pages.table(FED, feed_rows(net)) + f"<p>{traffic(net, plan)}</p>")] if net.feeds else []
     sections = [
         ("Figures", pages.table(("", ""), figures(plan)) + f"<p>{bottleneck(plan)}</p>"),
         ("Resources, percent of what may be used",
@@ -117,6 +130,7 @@ def html(graph: Graph, net: Netlist, plan: Plan) -> str:
         ("Cycles per image", pages.bars([(plain(r.name), r.cost.cycles, f"{r.cost.cycles:,}") for r in plan.rows], plain(plan.bottleneck))),
         ("Nodes", pages.table(("node", "op", "folding", "FIFO", "cycles", *NAMES.values()), rows)),
         ("FIFOs", fifos + (pages.table(("FIFO", "words", "bits", "kbit"), deep) if deep else "")),
+        *fed,
         ("Input and output", pages.table(("port", "edge", "integers", "container", "64-bit words per image"), layout_rows(net))),
     ]  # fmt: skip
     return pages.page(f"{plain(graph.name)} on {plan.part}", sections)
@@ -143,4 +157,5 @@ def readme(graph: Graph, net: Netlist, part: str, clock_ns: float, plan: Plan | 
         "readme.md", graph=plain(graph.name), part=part, clock=f"{clock_ns:g}", board=board, bitstream=program, image=image, costs=costs,
         layers=markdown(("node", "op", "output", "folding", "cycles"), layer_rows(graph, net)),
         layout=markdown(("port", "edge", "integers", "container", "64-bit words per image"), layout_rows(net)),
+        fed=f"Weights from memory, a port each:\n\n{markdown(FED, feed_rows(net))}\n\n" if net.feeds else "",
     )  # fmt: skip

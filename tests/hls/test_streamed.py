@@ -106,6 +106,9 @@ def test_cost_counts_bus_words_and_no_memory(nets: ModuleType, tmp_path: Path) -
         assert f.iterations > own  # 3-bit weights, 72 and 80 lanes: 4 words per row
     made.csim(nets.codes(graph, 5), mode="timed")
     assert made.last is not None and made.last.cycles == plans["stream"].cycles == rows["stream"]["conv"].cycles
+    words = sum(f.bus_words * f.replay for f in made.net.feeds)
+    assert f"Together {words / plans['stream'].cycles:.2f} words of 64 bits per cycle" in (made.folder / "report.html").read_text()
+    assert "| fc | params/fc_weights.bin | 80 | 80 |" in (made.folder / "README.md").read_text()
     text = (made.folder / "src" / "network.hpp").read_text()
     assert f"pe 8, simd 3, taps 3, weights from memory; {plans['stream'].cycles:,} cycles" in text
 
