@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import pytest
 
 from quantlib.hls import boards, project
 from quantlib.parts import PARTS
+from quantlib.schedule import Folding
 
 tkinter = pytest.importorskip("tkinter")
 
@@ -136,7 +138,9 @@ def folders(nets: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 def network_pins(made: project.Project, top: str) -> dict[str, str]:
     ports = ["in_r", *(f"out{k}" for k in range(len(made.net.outputs)))]
-    data = {p: "s" if p == "in_r" else "m" for p in ports} if top == "top_axis" else {f"m_axi_gmem{k}": "m" for k in range(len(ports))}
+    streams = {p: "s" if p == "in_r" else "m" for p in ports} if top == "top_axis" else {}
+    masters = len(made.net.feeds) + (0 if streams else len(ports))
+    data = {**streams, **{f"m_axi_gmem{k}": "m" for k in range(masters)}}
     return {"ap_clk": "i", "ap_rst_n": "i", "interrupt": "o", "s_axi_control": "s", **data}
 
 
@@ -166,6 +170,38 @@ def test_block_design_is_wired_on_every_board(
     if top == "top_axis":  # the register holds the bytes of an image of any stream
         bits = int(vivado.config["axi_dma_0"]["c_sg_length_width"])
         assert 8 <= bits <= 26 and max(8 * p.bus_words for p in (made.net.input, *made.net.outputs)) < 2**bits
+
+
+@pytest.mark.parametrize("top", ["top_memory", "top_axis"])
+def test_weights_from_memory_have_master_ports(nets: ModuleType, tmp_path: Path, top: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, folding = nets.small()
+    folding |= {"conv": Folding(memory="stream"), "fc": Folding(memory="stream")}
+    made = project.write(graph, tmp_path / "p", folding, part="xc7z020-1", clock_ns=10.0)
+    for path in ("vendor/solution/impl/ip/x", "vivado/network.runs/impl_1/network_wrapper.bit"):
+        (made.folder / "build" / path).parent.mkdir(parents=True)
+        (made.folder / "build" / path).touch()
+    monkeypatch.setenv("TOP", top)
+    vivado = Vivado(network_pins(made, top))
+    assert vivado.run(made.folder / "bitstream.tcl") == 0
+    vivado.check()
+    assert sum("m_axi_gmem" in source for source, _ in vivado.buses) == (4 if top == "top_memory" else 2)
+    top_cpp = (made.folder / "src" / "top.cpp").read_text()
+    bundles = {name: re.findall(r"m_axi port = (\w+) .*bundle = gmem(\d+)", part) for name, part in zip(
+        ("top_axis", "top_memory"), top_cpp.split("void top_memory"), strict=True)}  # fmt: skip
+    assert bundles["top_axis"] == [("weights0", "0"), ("weights1", "1")]
+    assert bundles["top_memory"] == [("in", "0"), ("out0", "1"), ("weights0", "2"), ("weights1", "3")]
+    card = project.write(graph, tmp_path / "card", folding, part="xcu250-figd2104-2L-e")
+    assert "sp=top_memory_1.weights1:DDR[0]" in (card.folder / "kernel.cfg").read_text()
+
+
+def test_make_calls_the_tools_of_the_part(folders: dict[str, project.Project]) -> None:
+    def said(part: str, *arguments: str) -> str:
+        return subprocess.run(["make", "-n", *arguments], cwd=folders[part].folder, capture_output=True, text=True, check=True).stdout
+
+    assert said("xczu7ev-ffvc1156-2-e", "bitstream").split() == "vivado -mode batch -source bitstream.tcl".split()
+    lines = said("xcu50-fsvh2104-2-e", "bitstream").splitlines()
+    assert lines == ["vitis_hls -f kernel.tcl", "v++ --link --target hw --config kernel.cfg build/top_memory.xo -o build/network.xclbin"]
+    assert said("xck26", "hls", "HLS=vitis-run --mode hls --tcl").strip() == "vitis-run --mode hls --tcl project.tcl"
 
 
 def test_the_model_finds_what_is_not_connected(folders: dict[str, project.Project], tmp_path: Path) -> None:
