@@ -269,6 +269,16 @@ def test_two_results_equal_run(twice: project.Project, top: str, tmp_path: Path)
         assert all(np.array_equal(file[f"arr_{k}"], g) for k, g in enumerate(got))
 
 
+def test_a_card_takes_its_binary_alone(digits: project.Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = program(digits)
+    monkeypatch.setitem(sys.modules, "pynq", SimpleNamespace(Overlay=lambda path: memory_overlay(digits), allocate=allocate))
+    (tmp_path / "network.xclbin").touch()
+    assert driver.open_board(str(tmp_path / "network.xclbin"), 2).batch == 2
+    (tmp_path / "network.bit").touch()
+    with pytest.raises(driver.DriverError, match="network.hwh is missing"):
+        driver.open_board(str(tmp_path / "network.bit"), 2)
+
+
 @pytest.mark.parametrize("top", ["memory", "axis"])
 def test_weights_are_fed_from_memory(nets: ModuleType, top: str, tmp_path: Path) -> None:
     graph, folding = nets.small()
