@@ -194,9 +194,14 @@ def export(graph: Graph, folder: str | os.PathLike[str], part: str = "xczu3eg", 
     report.html, include/, params/ (one file per table), src/ (network, two tops, test bench, simulation), golden/, Makefile (`make csim`),
     scripts for the vendor's tools and driver.py. An existing folder is replaced when it was written by export and refused, untouched,
     when it was not (ExportError); the new one is complete before the old one goes. ValueError when the plan is for another graph.
+    A plan of `quantlib.layerwise.estimate` gives a project of that architecture.
     """
-    from quantlib.schedule import estimate
+    from quantlib.schedule import Plan, estimate
 
+    if plan is not None and not isinstance(plan, Plan):  # of the other architecture
+        from quantlib import layerwise
+
+        return layerwise.export(graph, folder, plan=plan)
     target = Path(folder)
     check_folder(target)
     plan = plan or estimate(graph, part)

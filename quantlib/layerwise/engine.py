@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
 from math import ceil, gcd
 
 import numpy as np
@@ -265,9 +265,11 @@ def finishing(step: Step, search: int, table_words: int, t: Tiling) -> dict[str,
         n["operands"] += often * groups * table_rows(step) * table_words
         n["finish"] += often * groups * table_rows(step) * table_words
         for r, c, times in blocks(step, t, rows):
-            n["finish"] += often * times * groups * (r * c if step.kind != "NONE" else 0)
-            for m in step.micros:
-                _operation(n, m, search, r, c, often * times * groups)
+            arrives = step.kind != "NONE" and not (step.micros and step.micros[0].joined)
+            n["finish"] += often * times * groups * (r * c if arrives else 0)
+            for m, after in zip(step.micros, [*step.micros[1:], None]):
+                joined = m.joined if m.code == "STORE" else m.code == "LOAD" and after is not None and after.joined
+                _operation(n, m, joined, search, r, c, often * times * groups)
     return n
 
 
@@ -304,17 +306,17 @@ def making(shape: Shape, e: Engine, t: Tiling) -> dict[str, int]:
     return n
 
 
-def _operation(n: dict[str, int], m: Micro, search: int, rows: int, cols: int, often: int) -> None:
+def _operation(n: dict[str, int], m: Micro, joined: bool, search: int, rows: int, cols: int, often: int) -> None:
     vectors = rows * cols
     if m.code == "LOAD":
         assert m.format is not None
         r, c = (1, 1) if m.gate else (rows, cols)
         n["operands"] += often * r * m.format.words(c)
-        n["finish"] += often * (r * c * m.format.beats + (vectors if m.gate else 0))
+        n["finish"] += 0 if joined else often * (r * c * m.format.beats + (vectors if m.gate else 0))
     elif m.code == "STORE":
         assert m.format is not None
         n["results"] += often * rows * m.format.words(cols)
-        n["finish"] += often * vectors * m.format.beats
+        n["finish"] += 0 if joined else often * vectors * m.format.beats
     elif m.code == "SEARCH":
         n["finish"] += often * passes(m.p, search) * (vectors + (m.r >= 0))
     else:
@@ -325,7 +327,7 @@ def _operation(n: dict[str, int], m: Micro, search: int, rows: int, cols: int, o
 # ---------------------------------------------------------------- the engine of a network
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Facts:
     """What of a network decides the sizes of its engine whatever its parallelism."""
 
@@ -384,6 +386,16 @@ class Facts:
         )  # fmt: skip
 
     @cached_property
+    def codes(self) -> set[str]:
+        """Operations of the finishing unit that occur."""
+        return {m.code for s in self.steps.steps for m in s.micros}
+
+    @cached_property
+    def modes(self) -> set[tuple[str, str]]:
+        """Kinds and modes of the steps."""
+        return {(s.kind, s.mode) for s in self.steps.steps}
+
+    @cached_property
     def formats(self) -> tuple[list[Format], list[Format], list[Format]]:
         """Of the maps that units read, that operands are loaded from, and that are stored."""
         micros = [m for s in self.steps.steps for m in s.micros if m.format is not None]
@@ -410,8 +422,9 @@ class Facts:
                     ends += [int(v) for k in ((0, 3) if m.b else (0,)) for v in constants[m.row + k]]
         return signed_bits(*ends)
 
-    def least_lines(self, kind: str, e: Engine) -> int:
-        """Vectors per bank that hold what `together` rows of every step of this kind read."""
+    @cache  # noqa: B019  # of a handful of facts, for the time of a search
+    def least_lines(self, kind: str, rows: int) -> int:
+        """Vectors per bank that hold what the rows of every step of this kind read that are worked on together."""
         least = 1
         for shape in self.shapes:
             s = shape.step
@@ -419,28 +432,55 @@ class Facts:
                 continue
             assert s.reads is not None
             line = s.reads.layout.width * (1 if kind == "WINDOW" else s.reads.layout.groups)
-            banks = e.xnor_banks if kind == "XNOR" else 1
-            together = min(e.xnor_rows, s.shape[1], banks // gcd(s.window.stride[0], banks)) if kind == "XNOR" else 1
+            banks = 2 * rows if kind == "XNOR" else 1
+            together = min(rows, s.shape[1], banks // gcd(s.window.stride[0], banks)) if kind == "XNOR" else 1
             least = max(least, -(-span(s, together) // banks) * line)
         return least
 
+    @cache  # noqa: B019
+    def lane_weights(self, inputs: int, outputs: int) -> int:
+        """Bus words of the weights of a group of outputs, the most of any step."""
+        e = replace(self.base, inputs=inputs, outputs=outputs)
+        lanes = [s for s in self.shapes if s.step.kind == "MULTIPLY" and s.step.mode != "SATURATE"]
+        return max((s.weight_words(e, g) for s in lanes for g in range(len(s.ranges))), default=1)
+
+    @cache  # noqa: B019
+    def micros(self, search: int) -> int:
+        return max(passes_of_all(s, search) for s in self.steps.steps) or 1
+
     def sized(self, rows: int, inputs: int, outputs: int, search: int, block: int, halves: int, room: int) -> Engine:
         """The engine with this parallelism; `room` times the least buffers, rounded up to what fills memories of 512 words."""
-        e = replace(self.base, xnor_rows=rows, inputs=inputs, outputs=outputs, search=search, block=block, halves=halves)
-        lanes = [s for s in self.shapes if s.step.kind == "MULTIPLY" and s.step.mode != "SATURATE"]
 
         def depth(kind: str) -> int:
-            least = self.least_lines(kind, e) * room
+            least = self.least_lines(kind, rows) * room
             return least if least <= 64 else -(-least // 512) * 512
 
         return replace(
-            e,
-            xnor_tile=depth("XNOR"),
-            lane_tile=depth("MULTIPLY"),
-            window_tile=depth("WINDOW"),
-            lane_weights=max((s.weight_words(e, g) for s in lanes for g in range(len(s.ranges))), default=1),
-            micros=max(passes_of_all(s, search) for s in self.steps.steps) or 1,
-        )
+            self.base, xnor_rows=rows, inputs=inputs, outputs=outputs, search=search, block=block, halves=halves,
+            xnor_tile=depth("XNOR"), lane_tile=depth("MULTIPLY"), window_tile=depth("WINDOW"),
+            lane_weights=self.lane_weights(inputs, outputs), micros=self.micros(search),
+        )  # fmt: skip
+
+
+WIDTHS = ("value_bits", "table_bits", "lane_bits", "weight_bits", "window_bits", "xnor_bits", "affine_bits", "factor_bits", "permute_bits",
+          "product_bits")  # fmt: skip
+
+
+def needs(f: Facts, e: Engine) -> Engine:
+    """The smallest engine with the parallelism of e, and words at least as wide, that runs the network."""
+    wide = Facts(f.steps, f.shapes)
+    wide.__dict__["base"] = replace(f.base, **{k: max(getattr(f.base, k), getattr(e, k)) for k in WIDTHS})
+    return wide.sized(e.xnor_rows, e.inputs, e.outputs, e.search, e.block, e.halves, 1)
+
+
+def lacking(f: Facts, e: Engine) -> list[str]:
+    """What of the engine is too small for the network, in words."""
+    least = needs(f, e)
+    return [
+        f"{k.name} {getattr(e, k.name)}, {getattr(least, k.name)} is needed"
+        for k in fields(e)
+        if getattr(e, k.name) < getattr(least, k.name)
+    ]
 
 
 def facts(steps: Steps) -> Facts:
@@ -455,7 +495,6 @@ def resources(f: Facts, e: Engine) -> dict[str, Cost]:
     wide = LANES * e.value_bits
     found = {"memory ports": PORT.times(6), "control": loop(1 << 20, 512) + memory(e.addresses, 5 * 32) + memory(e.micros, 3 * 256)}
     reads, loads, stores = f.formats
-    units = [s.step for s in f.shapes]
     if e.has_xnor:
         planes = 2 if e.has_planes else 1
         lane = (xnor_popcount(LANES) + adder(e.xnor_bits)).times(planes)
@@ -478,8 +517,7 @@ def resources(f: Facts, e: Engine) -> dict[str, Cost]:
             + extraction(reads, e.lane_bits) + chosen + loop(1 << 20, wide)
         )  # fmt: skip
     if e.has_window or e.has_whole:
-        products = any(s.mode == "MAC" and s.kind == "WINDOW" for s in units)
-        largest = any(s.mode == "MAX" for s in units)
+        products, largest = ("WINDOW", "MAC") in f.modes, bool({("WINDOW", "MAX"), ("WHOLE", "MAX")} & f.modes)
         lane = adder(e.value_bits) + (compare(e.value_bits) if largest else Cost())
         lane += multiply(e.lane_bits, e.window_bits) if products else Cost()
         kept = memory(e.window_tile, LANES * e.lane_bits) if e.has_window else Cost()
@@ -488,7 +526,7 @@ def resources(f: Facts, e: Engine) -> dict[str, Cost]:
     if e.has_saturate:
         lane = multiply(e.lane_bits, e.window_bits) + adder(e.value_bits).times(2) + compare(e.value_bits).times(2)
         found["saturating"] = lane.times(LANES) + extraction(reads, e.lane_bits) + loop(1 << 20, wide)
-    codes = {m.code for s in units for m in s.micros}
+    codes = f.codes
     lane = adder(e.value_bits)
     if "AFFINE" in codes:  # product, sum, a shift by any distance (three choices of four), two compares
         product = e.affine_bits + e.factor_bits

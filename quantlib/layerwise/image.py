@@ -10,6 +10,7 @@ from quantlib.layerwise.engine import Counts, Engine, Shape, Tiling, counts, fac
 from quantlib.layerwise.formats import LANES, WORD
 from quantlib.layerwise.steps import CODES, KINDS, MODES, Micro, Place, Source, Step, Steps
 
+JOINED = 1 << 8  # in the code of an operation
 IN_SLOT = 1 << 31  # addresses relative to the image's slot
 FIELDS = (  # in the order of Field in lw_step.hpp
     "KIND MODE GROUPS_IN HEIGHT WIDTH BITS SHIFT BIAS PITCH LAST_IN "
@@ -275,7 +276,7 @@ def _encode(
 
 
 def _micro(m: Micro, e: Engine, at: int) -> list[list[int]]:
-    code = CODES.index(m.code)
+    code = CODES.index(m.code) | (JOINED if m.joined else 0)
     if m.code in ("LOAD", "STORE"):
         assert m.format is not None
         return [[code, m.to, m.a, m.b, at, m.format.bits, m.format.shift, m.format.bias]]
@@ -283,6 +284,6 @@ def _micro(m: Micro, e: Engine, at: int) -> list[list[int]]:
         return [[code, m.to, m.a, m.b, m.row, m.p, m.q, m.r]]
     bit, rows = powers(m.p)[-1], []
     for k in range(passes(m.p, e.search)):
-        rows.append([code, m.to, m.a, m.b, m.row, m.p, bit | (k == 0) << 30, m.r])
+        rows.append([code if k == 0 else code & ~JOINED, m.to, m.a, m.b, m.row, m.p, bit | (k == 0) << 30, m.r])
         bit >>= e.search
     return rows

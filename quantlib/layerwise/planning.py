@@ -18,8 +18,10 @@ from quantlib.layerwise.engine import (
     Engine,
     Facts,
     Tiling,
+    counts,
     facts,
     finishing,
+    lacking,
     making,
     powers,
     resources,
@@ -169,12 +171,12 @@ class Plan:
         parallel = [f"XNOR {e.xnor_rows} rows x 32 x 32"] * e.has_xnor + [f"products {e.inputs} x {e.outputs}"] * e.has_multiply
         bounds = ", ".join(f"{k} {100 * v / self.cycles:.0f} %" for k, v in self.bound().items() if v)
         mega = ", ".join(f"{v / 1e6:.2f} MB {k}" for k, v in self.memory_bytes.items())
-        units = ", ".join(parallel) or "no products"
+        sizes = ", ".join(parallel) or "no products"
         return "\n".join(
             [
                 f"{self.network} layer by layer on {self.part} at {self.clock_mhz:g} MHz: {verdict}",
                 f"{self.cycles:,} cycles per image, {self.fps:,.1f} frames/s; bound by {bounds}",
-                f"engine: {units}, {e.search} search steps, {e.registers} registers of {e.block} vectors of {e.value_bits} bits",
+                f"engine: {sizes}, {e.search} search steps, {e.registers} registers of {e.block} vectors of {e.value_bits} bits",
                 f"memory: {mega}; {self.traffic / 1e6:.2f} MB moved per image, {self.bytes_per_cycle:.1f} bytes per cycle to be had",
                 "resources: " + ", ".join(f"{getattr(own, r):,} of {budget[r]:,} {r}" for r in RESOURCES),
                 "",
@@ -246,17 +248,24 @@ def _share(cost: Cost, device: Part) -> tuple[float, float]:
 
 
 def estimate(
-    graph: Graph, part: str | Part = "xczu3eg", *, clock_mhz: float | None = None, fps: float | None = None, bandwidth: float | None = None
+    graph: Graph,
+    part: str | Part = "xczu3eg",
+    *,
+    clock_mhz: float | None = None,
+    fps: float | None = None,
+    bandwidth: float | None = None,
+    engine: Engine | None = None,
 ) -> Plan:
     """The engine that runs `graph` layer by layer fastest on `part`, and what it costs.
 
     Without fps: the fewest cycles per image within the part's budget; with fps: the least resources that reach it. Every engine of
     `candidates` is looked at. bandwidth: GB/s of the external memory (the board's peak times USABLE where none is given). Where nothing
-    fits
-    the plan is the nearest one, `fits` is False and `missing` and `smallest` say what is lacking and which listed part would do.
+    fits the plan is the nearest one, `fits` is False and `missing` and `smallest` say what is lacking and which listed part would do.
 
-    Raises GraphError, naming the node, for what the engine cannot run; LookupError for an unknown part; ValueError for a clock, fps or
-    bandwidth that is not positive.
+    engine: one of another plan, when one bitstream is to run several networks; it is only costed.
+
+    Raises LayerwiseError for an engine that is too small, saying in what; GraphError, naming the node, for what the engine cannot run;
+    LookupError for an unknown part; ValueError for a clock, fps or bandwidth that is not positive.
     """
     device = find_part(part)
     clock = device.clock_mhz if clock_mhz is None else clock_mhz
@@ -264,6 +273,8 @@ def estimate(
         raise ValueError(f"clock_mhz = {clock}, fps = {fps} and bandwidth = {bandwidth} must be positive")
     steps = build(graph)
     f = facts(steps)
+    if engine is not None:
+        return _on(f, engine, device, clock, fps, bandwidth)
     search = _Search(f)
     priced = [(e, total(list(resources(f, e).values()))) for e in candidates(f)]
     plan = _choose(f, search, priced, device, clock, fps, bandwidth)
@@ -275,6 +286,15 @@ def estimate(
         if _choose(f, search, priced, other, clock, fps, bandwidth).fits:
             return replace(plan, smallest=other.name)
     return plan
+
+
+def _on(f: Facts, e: Engine, device: Part, clock: float, fps: float | None, bandwidth: float | None) -> Plan:
+    short = lacking(f, e)
+    if short:
+        raise LayerwiseError(f"the engine does not run {f.steps.graph.name}: {'; '.join(short)}")
+    tilings = [t for s in f.steps.steps if (t := tiling(s, e)) is not None]
+    made = [counts(s, e, t) for s, t in zip(f.shapes, tilings, strict=True)]
+    return _plan(f, device, clock, e, tilings, made, _bytes_per_cycle(device, clock, bandwidth), fps)
 
 
 def _bytes_per_cycle(device: Part, clock: float, bandwidth: float | None) -> float:

@@ -40,7 +40,10 @@ class Place:
 
 @dataclass
 class Micro:
-    """One operation of the finishing unit; `sources` are the groups that a LOAD reads or a STORE writes, one for each group of the step."""
+    """One operation of the finishing unit; `sources` are the groups that a LOAD reads or a STORE writes, one for each group of the step.
+
+    joined: worked on in one pass with the operation before it (of the first one: with the vectors as they arrive).
+    """
 
     code: str
     to: int = 0
@@ -52,6 +55,7 @@ class Micro:
     r: int = 0
     format: Format | None = None
     gate: bool = False
+    joined: bool = False
     sources: tuple[Source, ...] = ()
 
 
@@ -615,6 +619,24 @@ class _Finish:
         for node in rest:
             self.node(node)
         step.registers = max(self.count, 1)
+        join_passes(step)
+
+
+def join_passes(step: Step) -> None:
+    """A pass over a block takes its vectors from the unit or from memory, works on them and stores them: what can go together does."""
+    moves, kept = ("LOAD", "STORE"), False  # kept: this pass has a source already that sets the order of its vectors
+    for k, m in enumerate(step.micros):
+        before = step.micros[k - 1] if k else None
+        one_beat = m.format is None or m.format.beats == 1
+        if m.code not in moves:
+            if before is None:
+                m.joined = step.kind != "NONE"
+                kept = m.joined
+            else:
+                m.joined = before.code == "LOAD" and not before.gate and before.format is not None and before.format.beats == 1
+                kept = False
+        elif m.code == "STORE" and before is not None and before.code not in moves and one_beat and not kept:
+            m.joined = before.to == m.a
 
 
 def _finish(b: _Builder, step: Step) -> None:

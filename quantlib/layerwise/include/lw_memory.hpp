@@ -109,7 +109,7 @@ tiles:
             micros:
                 for (int k = 0; k < s[MICROS]; ++k) {
                     const Micro& m = micros[k];
-                    if (m.code != LOAD) continue;
+                    if (m.code() != LOAD) continue;
                     const uint32_t base = resolve(addresses[m.row + at.group], slot);
                 rows:
                     for (int y = 0; y < (m.b ? at.block_rows : 1); ++y) {
@@ -140,7 +140,7 @@ tiles:
             micros:
                 for (int k = 0; k < s[MICROS]; ++k) {
                     const Micro& m = micros[k];
-                    if (m.code != STORE) continue;
+                    if (m.code() != STORE) continue;
                     const uint32_t base = resolve(addresses[m.row + at.group], slot);
                     const unsigned words = words_of(unsigned(at.block_cols), unsigned(m.p)), skip = words_of(unsigned(at.block_col), unsigned(m.p));
                 rows:

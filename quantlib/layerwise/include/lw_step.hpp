@@ -30,6 +30,7 @@ enum Kind { NONE, XNOR, MULTIPLY, WINDOW, WHOLE, GATHER };
 enum Mode { MAC, SUM, MAX, SATURATE };
 // Operations of the finishing unit.
 enum Code { LOAD, STORE, LUT, SEARCH, AFFINE, SCALE, ADD, PRODUCT, PERMUTE };
+const int64_t JOINED = 1 << 8;  // with a code: in one pass with the operation before it, or with the vectors as they arrive
 
 // Fields of a step, 64 words of 64 bits; docs/layerwise.md says what each holds.
 enum Field {
@@ -47,15 +48,18 @@ struct Step {
     int operator[](Field k) const { return int(f[k]); }
 };
 
-// One operation of the finishing unit: eight fields, one word of the bus.
-struct Micro {
-    int64_t code, to, a, b, row, p, q, r;
-};
-
 // A map in memory: n = (field << shift) + bias, fields of `bits` bits (1 and 2: bit planes of 32 channels).
 struct Format {
     int bits, shift;
     int64_t bias;
+};
+
+// One operation of the finishing unit: eight fields, one word of the bus.
+struct Micro {
+    int64_t word, to, a, b, row, p, q, r;
+    int code() const { return int(word & (JOINED - 1)); }
+    bool joined() const { return (word & JOINED) != 0; }
+    Format format() const { return {int(p), int(q), r}; }
 };
 
 // Bus words of `cols` vectors side by side, and words (or vectors) per transfer: the beats of one vector.
