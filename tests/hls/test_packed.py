@@ -19,6 +19,7 @@ from test_every_network import randomised, shape_of
 import quantlib as ql
 import zoo
 from quantlib.hls import packed
+from quantlib.hls.packed_unit import Unit
 from quantlib.ir import Graph, GraphError, IntType
 from quantlib.ops import Conv2d, Dense, Op
 from quantlib.packing import DSPS, multiply_accumulate
@@ -174,23 +175,21 @@ def test_odd_layers_equal_the_op_under_the_sanitizer(tmp_path: Path, block: int)
     consistent(cases)
 
 
-def by_multiply_accumulate(op: Op, x: IntType, u: packed.Unit, image: np.ndarray) -> np.ndarray:
+def by_multiply_accumulate(op: Op, x: IntType, u: Unit, image: np.ndarray) -> np.ndarray:
     """What the unit does with one image, in the arithmetic that tests/test_packing.py proves, checked for every port and sum."""
     la, p = u.layer, u.packing
     per_group = la.x[0] // u.groups
-    channels = np.arange(la.x[0]).reshape(x.shape) if image.shape != la.x else None
-    flat = image if channels is None else np.moveaxis(image, 0, -1).reshape(la.x)
+    flat = image if image.shape == la.x else np.moveaxis(image, 0, -1).reshape(la.x)  # a Dense reads in the order of the stream
     index = (flat - la.lo) // la.step
     table = packed.weight_table(op, u, x).reshape(u.groups, -1, u.steps, u.words, *packed.weight_table(op, u, x).shape[2:])
-    sums = np.zeros((la.y[0], la.y[1], u.segments * u.columns + u.taps - 1), np.int64)
-    apart = 1 if u.conv else la.dilation[1]
-    for row, s, g in itertools.product(range(la.y[1]), range(u.segments), range(u.groups)):
-        for step, (i, phase, part) in enumerate(itertools.product(range(la.kernel[0]), range(u.phases), range(per_group // u.lanes))):
+    sums = np.zeros((la.y[0], la.y[1], u.cut.segments * u.cut.n + u.cut.taps - 1), np.int64)
+    for row, s, g in itertools.product(range(la.y[1]), range(u.cut.segments), range(u.groups)):
+        for step, (i, phase, part) in enumerate(itertools.product(range(la.kernel[0]), range(u.cut.phases), range(per_group // u.lanes))):
             from_row = row * la.stride[0] - la.padding[0] + i * la.dilation[0]
             first = g * per_group + part * u.lanes
-            acts = np.full((u.lanes, u.columns), la.zero)
-            for n in range(u.columns):
-                col = (u.first + s * u.columns + n) * la.stride[1] - la.padding[1] + phase * apart
+            acts = np.full((u.lanes, u.cut.n), la.zero)
+            for n in range(u.cut.n):
+                col = (u.cut.first + s * u.cut.n + n) * la.stride[1] - la.padding[2] + phase * u.cut.apart
                 if 0 <= from_row < la.x[1] and 0 <= col < la.x[2]:
                     acts[:, n] = index[first : first + u.lanes, from_row, col]
             for block, word in itertools.product(range(table.shape[1]), range(u.words)):
@@ -199,17 +198,17 @@ def by_multiply_accumulate(op: Op, x: IntType, u: packed.Unit, image: np.ndarray
                 for c in range(0, len(lanes), u.chain):
                     fields += multiply_accumulate(p, lanes[c : c + u.chain], table[g, block, step, word, c : c + u.chain], u.trick)
                 out = (g * table.shape[1] + block) * u.pe
-                if u.conv:
+                if u.cut.conv:
                     channel, tap = divmod(word, u.words // u.pe)
-                    kept = min(p.fields, u.columns + u.taps - 1 - tap * p.weights)
-                    at = s * u.columns + tap * p.weights
+                    kept = min(p.fields, u.cut.n + u.cut.taps - 1 - tap * p.weights)
+                    at = s * u.cut.n + tap * p.weights
                     sums[out + channel, row, at : at + kept] += fields[:kept]
                 else:
                     for n, j in itertools.product(range(p.acts), range(p.weights)):
                         if word * p.weights + j < u.pe:
                             field = (n * p.strides[0] + j * p.strides[1]) // p.stride
                             sums[out + word * p.weights + j, row, s * p.acts + n] += fields[field]
-    wanted = sums[:, :, u.skipped : u.skipped + la.y[2]]
+    wanted = sums[:, :, u.cut.skipped : u.cut.skipped + la.y[2]]
     base = la.lo * op.weight.reshape(la.y[0], -1).sum(1)  # type: ignore[attr-defined]
     return base[:, None, None] + la.step * wanted
 
