@@ -182,51 +182,51 @@ class Unit:
     chain: int
     trick: bool
 
-    @cached_property
+    @property
     def lanes(self) -> int:
         """Channels per word of the input."""
         return self.pe if self.layer.depthwise else self.simd
 
-    @cached_property
+    @property
     def groups(self) -> int:
         """Parts of a pixel that are read one after the other, each for output channels of its own."""
         return self.layer.x[0] // self.pe if self.layer.depthwise else self.layer.groups
 
-    @cached_property
+    @property
     def blocks(self) -> int:
         """Of output channels."""
         return self.layer.y[0] // self.pe
 
-    @cached_property
+    @property
     def passes(self) -> int:
         """Times that a word is worked on: blocks of output channels per group."""
         return self.blocks // self.groups
 
-    @cached_property
+    @property
     def steps(self) -> int:
         """Cycles per segment and block of output channels."""
         return self.layer.kernel[0] * self.cut.phases * self.layer.x[0] // self.groups // self.lanes
 
-    @cached_property
+    @property
     def words(self) -> int:
         """Words of weights per cycle and input channel."""
         k = self.packing.weights
         return self.pe * -(-self.cut.taps // k) if self.cut.conv else -(-self.pe // k)
 
-    @cached_property
+    @property
     def parts(self) -> int:
         """Slices per word: of split operands both halves lie side by side."""
         return self.packing.weight_parts * self.packing.act_parts
 
-    @cached_property
+    @property
     def slices(self) -> int:
         return self.words * self.simd * self.parts
 
-    @cached_property
+    @property
     def chains(self) -> int:
         return self.words * self.parts * -(-self.simd // self.chain)
 
-    @cached_property
+    @property
     def luts(self) -> int:
         """Around the slices: per slice the borrow of each packed weight above the first (its bits + 1 each); per chain the borrow of each
         field above the first (S bits each), with the overlap trick the parity of the products in a field (three ANDs per LUT); per field
@@ -238,23 +238,23 @@ class Unit:
         adders = self.chains * p.fields + (self.pe * self.cut.kept if self.layer.lo else 0)
         return luts + parity + adders * self.layer.sum_bits
 
-    @cached_property
+    @property
     def iterations(self) -> int:
         """Of the unit: output rows * segments * blocks * steps."""
         return self.layer.y[1] * self.cut.segments * self.blocks * self.steps
 
-    @cached_property
+    @property
     def ordered(self) -> int:
         """Iterations of the pixel stage."""
         return self.blocks * self.cut.ordered
 
-    @cached_property
+    @property
     def cycles(self) -> int:
         """Of the slowest stage."""
         front = _front(self.cut, self.lanes, self.groups) if self.cut.windowed else 0
         return max(self.iterations, front, 0 if self.cut.alone else self.ordered)
 
-    @cached_property
+    @property
     def backlog(self) -> int:
         """Words that the unit works on while the stage in front only reads: with several blocks per word it is the slower one."""
         return -(-self.window.silence // self.passes) if self.cut.windowed and self.passes > 1 else 0
