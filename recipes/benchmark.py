@@ -1,183 +1,192 @@
-"""How fast each way of running a network is: images per second, conversion and compile seconds, peak memory.
+"""How fast everything is: training steps, every way of running a network, conversion, compiled simulation, imports, cost against size.
 
-Every network runs in a process of its own. Within it the ways take turns, round after round, and the medians are compared, so that their
-ratios hold although the machine is shared. Weights are random: no way of running depends on their values.
+One command measures, prints and writes report.json, report.html and chart.png; --page puts the report into docs/performance.md. Every
+network runs in a process of its own, in which the ways take turns, round after round, and medians are compared: their ratios hold although
+a machine is shared. One thread, unless a row says otherwise. Weights are random: no way of running depends on their values. Peers (qonnx,
+onnxruntime, hls4ml) run the same network on the same images in the same process where they are installed; absent ones are listed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
-import statistics
+import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from brevitas import nn as qnn
-from brevitas.quant import Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # its own modules, however it was loaded
 
-import quantlib as ql
-import zoo
-from quantlib.training.data import as_real
-from quantlib.training.report import write_json
+import _speed_page as page  # type: ignore[import-not-found]  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from quantlib.training.report import write_json  # noqa: E402
+
+SECTIONS = ("training", "inference", "conversion", "csim", "peers", "imports", "size")
+OF_NETWORKS = ("inference", "conversion", "csim", "peers")
+PACKAGES = ("torch", "brevitas", "numpy", "onnx", "qonnx", "onnxruntime", "hls4ml")
+IMPORTS = ("torch", "brevitas.nn", "quantlib", "quantlib.evaluator", "quantlib.hls.project", "quantlib.lowering", "quantlib.layers", "zoo")
 
 
 @dataclass(frozen=True)
 class Config:
-    networks: str = "fracbnn_digits,fracbnn_cifar10,cnv"
-    batch: int = 64
+    only: str = ",".join(SECTIONS)
+    networks: str = ""
+    quick: bool = False
     rounds: int = 5
-    cpp_images: int = 8
-    threads: int = 2
     out: str = "build/benchmark"
-    one: str = ""  # internal: the network this process measures
+    page: bool = False
+    one: str = ""
 
 
-class CNV(nn.Module):
-    """The shape of FINN's CNV (59.5 M MAC) in 2-bit Brevitas layers: six unpadded 3x3 convolutions, two pools, three dense layers."""
-
-    def __init__(self, bits: int = 2) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [qnn.QuantIdentity(act_quant=Uint8ActPerTensorFloat)]
-        channels = 3
-        for width, pool in ((64, False), (64, True), (128, False), (128, True), (256, False), (256, False)):
-            layers += [
-                qnn.QuantConv2d(channels, width, 3, bias=False, weight_quant=Int8WeightPerTensorFloat, weight_bit_width=bits),
-                nn.BatchNorm2d(width),
-                qnn.QuantReLU(act_quant=Uint8ActPerTensorFloat, bit_width=bits),
-            ]
-            layers += [nn.MaxPool2d(2)] if pool else []
-            channels = width
-        layers.append(nn.Flatten())
-        for features, width in ((256, 512), (512, 512)):
-            layers += [
-                qnn.QuantLinear(features, width, bias=False, weight_quant=Int8WeightPerTensorFloat, weight_bit_width=bits),
-                nn.BatchNorm1d(width),
-                qnn.QuantReLU(act_quant=Uint8ActPerTensorFloat, bit_width=bits),
-            ]
-        layers.append(qnn.QuantLinear(512, 10, bias=False, weight_quant=Int8WeightPerTensorFloat, weight_bit_width=bits))
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+HELP = {
+    "only": "sections to measure",
+    "networks": "networks of inference, conversion, csim and peers; all unless given (--quick: the small ones)",
+    "quick": "small networks and sizes, one round",
+    "rounds": "turns of every way; the median counts",
+    "out": "folder for report.json, report.html and chart.png, and for what is built",
+    "page": "measure nothing: put the report in --out into docs/performance.md",
+    "one": argparse.SUPPRESS,  # internal: what this process measures
+}
 
 
-def networks() -> dict[str, Callable[[], tuple[nn.Module, nn.Module, tuple[int, ...]]]]:
-    """Name -> (model that converts, model whose evaluation is the yardstick, input shape)."""
-
-    def cnv() -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
-        model = CNV()
-        with torch.no_grad():
-            for _ in range(20):  # Brevitas' activation scales settle on statistics
-                model.train()(torch.rand(16, 3, 32, 32))
-        return model, model, (3, 32, 32)
-
-    def digits() -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
-        return zoo.get("fracbnn_digits"), zoo.get("fracbnn_digits", fixed_point=None), (1, 8, 8)
-
-    def cifar() -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
-        grid = zoo.card("fracbnn_cifar10").converts[-1]
-        return zoo.get("fracbnn_cifar10", **grid), zoo.get("fracbnn_cifar10"), (3, 32, 32)
-
-    return {"fracbnn_digits": digits, "fracbnn_cifar10": cifar, "cnv": cnv}
+# --- what one process measures -------------------------------------------------------------------------------------------------------
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    value = function()
-    return time.perf_counter() - start, value
+def one(config: Config) -> Any:
+    """A network's name, or `training`, or `size`: each in a fresh process."""
+    folder, rounds = Path(config.out) / config.one, config.rounds
+    if config.one == "training":
+        import _training_speed as training  # type: ignore[import-not-found]
+
+        return training.measure(training.QUICK if config.quick else tuple(training.NETWORKS), rounds)
+    if config.one == "size":
+        from _size_speed import measure as size  # type: ignore[import-not-found]
+
+        return size(folder, rounds, config.quick)
+    from _network_speed import measure  # type: ignore[import-not-found]
+
+    return measure(config.one, folder, rounds, config.only.split(","))
 
 
-def memory() -> float:
-    """Peak resident memory of this process so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def child(config: Config, what: str) -> Any:
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in asdict(config).items() if k not in ("one", "quick", "page")]
+    command = [sys.executable, __file__, *arguments, *(["--quick"] if config.quick else []), f"--one={what}"]
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return {"network": what, "failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(name: str, config: Config) -> dict[str, Any]:
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(0)
-    model, yardstick, shape = networks()[name]()
-    model.eval(), yardstick.eval()
-    codes = torch.randint(0, 256, (config.batch, *shape), dtype=torch.uint8)
-    x = as_real(codes)
-    few = codes[: config.cpp_images]
-    row: dict[str, Any] = {"network": name, "batch": config.batch, "memory_start": memory()}
-
-    row["convert_seconds"], graph = timed(lambda: ql.convert(model, shape))
-    row["memory_convert"] = memory()
-    hls = ql.export(graph, Path(config.out) / name)
-    row["compile_seconds"] = timed(lambda: hls.csim(few[:1]))[0]
-    row["first_run_seconds"] = timed(lambda: ql.run(graph, codes))[0]
-
-    with torch.no_grad():
-        ways: dict[str, tuple[int, Callable[[], Any]]] = {
-            "model": (len(x), lambda: yardstick(x)),
-            "model, quantized": (len(x), lambda: model(x)),
-            "run": (len(x), lambda: ql.run(graph, codes)),
-            "csim": (len(few), lambda: hls.csim(few)),
-        }
-        for _, function in ways.values():
-            function()
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(config.rounds):
-            for way, (_, function) in ways.items():
-                seconds[way].append(timed(function)[0])
-    row["images_per_second"] = {way: ways[way][0] / statistics.median(values) for way, values in seconds.items()}
-    row["spread"] = {way: max(values) / min(values) for way, values in seconds.items()}
-    row["run_over_model"] = row["images_per_second"]["run"] / row["images_per_second"]["model"]
-    row["memory_peak"] = memory()
-    return row
+def imports(rounds: int) -> list[dict[str, Any]]:
+    """Seconds and number of modules of a first import, in fresh processes that take turns; an empty interpreter is subtracted."""
+    code = "import sys, time; t = time.perf_counter(); {}; print(time.perf_counter() - t, len(sys.modules), 'brevitas' in sys.modules)"
+    taken: dict[str, list[list[str]]] = {}
+    for _ in range(rounds + 1):
+        for name in IMPORTS:
+            done = subprocess.run([sys.executable, "-c", code.format(f"import {name}")], capture_output=True, text=True, check=True)
+            taken.setdefault(name, []).append(done.stdout.split())
+    rows = []
+    for name, results in taken.items():
+        seconds = sorted(float(r[0]) for r in results[1:])  # the first fills the disk cache
+        rows.append({"import": name, "seconds": seconds[len(seconds) // 2], "modules": int(results[0][1]), "brevitas": results[0][2]})
+    return rows
 
 
-def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+# --- the machine ---------------------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    compiler = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip() if _has("g++") else "absent"
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "vector extensions": " ".join(f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_vpopcntdq") if f in flags) or "none known",
+        "load before": round(os.getloadavg()[0], 2),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "g++": compiler,
+        **versions,
+    }
+
+
+def _has(program: str) -> bool:
+    import shutil
+
+    return shutil.which(program) is not None
+
+
+# --- the whole -----------------------------------------------------------------------------------------------------------------------
+
+
+def chosen(config: Config) -> tuple[list[str], list[str]]:
+    """(sections, networks), or SystemExit that names what there is."""
+    from _network_speed import CASES
+
+    sections = config.only.split(",")
+    if unknown := [s for s in sections if s not in SECTIONS]:
+        raise SystemExit(f"--only {unknown[0]}: choose from {', '.join(SECTIONS)}")
+    names = config.networks.split(",") if config.networks else [n for n, case in CASES.items() if case.quick or not config.quick]
+    if unknown := [n for n in names if n not in CASES]:
+        raise SystemExit(f"no network {unknown[0]!r} to measure; there are {', '.join(CASES)}")
+    return sections, names if set(sections) & set(OF_NETWORKS) else []
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name, default in asdict(Config()).items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, help=argparse.SUPPRESS if name == "one" else " "
-        )
+        kind: dict[str, Any] = {"action": "store_true"} if isinstance(default, bool) else {"type": type(default)}
+        parser.add_argument(f"--{name}", default=default, help=HELP[name], **kind)
     config = Config(**vars(parser.parse_args(argv)))
     if config.one:
-        print(json.dumps(measure(config.one, config)))
-        return []
+        print(json.dumps(one(config), default=str))
+        return {}
+    out = Path(config.out)
+    if config.page:
+        return page.into_docs(json.loads((out / "report.json").read_text(encoding="utf-8")), Path(__file__).resolve().parents[1] / "docs")
+    if config.quick:
+        config = Config(**{**asdict(config), "rounds": 1})
 
-    console, rows = Console(), []
-    console.print(f"{config}\n", highlight=False)
-    known = networks()
-    for name in config.networks.split(","):
-        if name not in known:
-            raise SystemExit(f"no network {name!r} to measure; there are {', '.join(known)}")
-        arguments = [f"--{k.replace('_', '-')}={v}" for k, v in asdict(config).items() if k != "one"]
-        done = subprocess.run([sys.executable, __file__, *arguments, f"--one={name}"], stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        console.print(f"{name} measured")
-    write_json(Path(config.out) / "report.json", {"config": asdict(config), "rows": rows})
-
-    table = Table(title=f"batch {config.batch}, {config.threads} threads; csim {config.cpp_images} images, one thread")
-    table.add_column("")
-    for row in rows:
-        table.add_column(row["network"], justify="right")
-    for way in rows[0]["images_per_second"]:
-        table.add_row(f"images/s, {way}", *(f"{row['images_per_second'][way]:,.1f}" for row in rows))
-    for title, key, form in (
-        ("run / model", "run_over_model", ".2f"),
-        ("conversion, s", "convert_seconds", ".2f"),
-        ("C++ compilation, s", "compile_seconds", ".2f"),
-        ("first run, s", "first_run_seconds", ".2f"),
-        ("memory before, MB", "memory_start", ",.0f"),
-        ("memory peak, MB", "memory_peak", ",.0f"),
-    ):
-        table.add_row(title, *(format(row[key], form) for row in rows))
-    console.print(table)
-    return rows
+    console, start = Console(), time.perf_counter()
+    sections, names = chosen(config)
+    report: dict[str, Any] = {"config": asdict(config), "machine": machine(), "networks": []}
+    console.print(f"{config}\n{report['machine']}\n", highlight=False)
+    parts: list[tuple[str, Callable[[], Any]]] = []
+    if "imports" in sections:
+        parts.append(("imports", lambda: report.update(imports=imports(min(config.rounds, 3)))))
+    for name in names:
+        parts.append((name, lambda name=name: report["networks"].append(child(config, name))))  # type: ignore[misc]
+    for section in ("training", "size"):
+        if section in sections:
+            parts.append((section, lambda section=section: report.update({section: child(config, section)})))  # type: ignore[misc]
+    for name, work in parts:
+        began = time.perf_counter()
+        work()
+        console.print(f"{name}: measured in {time.perf_counter() - began:.0f} s", highlight=False)
+    report["seconds"] = time.perf_counter() - start
+    report["targets"] = page.targets(report)
+    write_json(out / "report.json", report)
+    page.write(report, out)
+    for title, header, rows in page.tables(report):
+        console.print(page.printed(title, header, rows))
+    console.print(f"report: {out / 'report.html'}")
+    return report
 
 
 if __name__ == "__main__":

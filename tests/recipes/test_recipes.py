@@ -86,11 +86,3 @@ def test_published_accelerator_through_cpp(recipe, shared, tmp_path):
     result = recipe("evaluate").main(arguments)
     assert result["cpp_images"] == 846 and result["cpp_mismatches"] == 0 and result["verify"]["mismatches"] == 0
     assert {round(100 * v, 2) for v in result["accuracy"].values()} == {88.06}
-
-
-def test_benchmark(recipe, tmp_path):
-    rows = recipe("benchmark").main(
-        ["--networks=fracbnn_digits", "--batch=8", "--rounds=2", "--cpp-images=2", "--threads=1", f"--out={tmp_path}"]
-    )
-    assert rows[0]["network"] == "fracbnn_digits" and all(v > 0 for v in rows[0]["images_per_second"].values())
-    assert rows[0]["memory_peak"] >= rows[0]["memory_start"] > 0
