@@ -2,6 +2,7 @@
 
 A step is forward, loss and backward, in CPU seconds of one thread; the variants of a network take turns in one process, and medians are
 compared. Same network, same layout: the float twin has nn.Conv2d, nn.Linear and ReLU6 in place, and nothing where a signed quantizer is.
+On a GPU the same, eager and under torch.compile, behind all work.
 `measure` is what recipes/benchmark.py calls; alone:
 
     OMP_NUM_THREADS=1 python recipes/_training_speed.py --networks mb_16x64,fracbnn_64 --rounds 7
@@ -13,9 +14,8 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,12 @@ import torch.nn.functional as F
 from brevitas import nn as qnn
 from brevitas.core.restrict_val import FloatRestrictValue
 from brevitas.inject.enum import RestrictValueType
-from brevitas.quant import Int8ActPerTensorFloatMinMaxInit, Int8WeightPerChannelFloat, Int8WeightPerTensorFloat, Uint8ActPerTensorFloatMaxInit
+from brevitas.quant import (
+    Int8ActPerTensorFloatMinMaxInit,
+    Int8WeightPerChannelFloat,
+    Int8WeightPerTensorFloat,
+    Uint8ActPerTensorFloatMaxInit,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,16 +36,29 @@ from torch.autograd import Function
 
 import zoo
 from quantlib._modules import replace_module
-from quantlib.layers import DividedClip, HalfWave, LearnedScaleHardTanh, LearnedScaleReLU, ScaledIntConv2d, ScaledIntLinear, SharedHardTanh
+from quantlib.layers import (
+    BinaryConv2d,
+    DividedClip,
+    FractionalConv2d,
+    HalfWave,
+    LearnedScaleHardTanh,
+    LearnedScaleReLU,
+    QuantSign,
+    RPReLU,
+    ScaledIntConv2d,
+    ScaledIntLinear,
+    SharedHardTanh,
+    ThermometerEncoder,
+    TruncAvgPool,
+)
 
-Layout = Literal["NCHW", "channels_last"]
-LAYOUTS: tuple[Layout, ...] = ("NCHW", "channels_last")
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 TARGETS = {
     "dense": {"NCHW": 1.15, "channels_last": 1.15},
     "depthwise": {"NCHW": 1.25, "channels_last": 1.5},
     "fracbnn": {"NCHW": 0.6, "channels_last": 0.6},
 }  # most that a step may cost, over the float twin's (fracbnn: over the published step in NCHW)
-OF_BREVITAS = 0.7  # most that a step of a depthwise network may cost over plain Brevitas'
+OF_BREVITAS = 0.7  # the same over plain Brevitas', depthwise networks
 
 
 # --- networks ------------------------------------------------------------------------------------------------------------------------
@@ -51,7 +69,11 @@ class Inverted(nn.Module):
 
     def __init__(self, channels: int, middle: int, out: int, stride: int, join: nn.Module) -> None:
         super().__init__()
-        widen = [ScaledIntConv2d(channels, middle, 1, bits=4), nn.BatchNorm2d(middle), LearnedScaleReLU(4, channels=middle)]
+        widen: list[nn.Module] = [
+            ScaledIntConv2d(channels, middle, 1, bits=4),
+            nn.BatchNorm2d(middle),
+            LearnedScaleReLU(4, channels=middle),
+        ]
         self.body = nn.Sequential(
             *(widen if middle != channels else []),
             ScaledIntConv2d(middle, middle, 3, stride, 1, groups=middle, bits=4),
@@ -107,6 +129,7 @@ class Network:
     shape: tuple[int, int, int, int]
 
 
+_ENDS = {"last_weight_bits": 8, "last_act_bits": 8, "fc_weight_bits": 8}
 NETWORKS = {
     "mb_16x64": Network(Bottlenecks, "depthwise", (16, 3, 64, 64)),
     "mb_4x32": Network(Bottlenecks, "depthwise", (4, 3, 32, 32)),
@@ -120,10 +143,15 @@ NETWORKS = {
     ),
     "vggtiny_32x32": Network(lambda: zoo.get("vggtiny_cifar10", weight_bits=4, act_bits=4), "dense", (32, 3, 32, 32)),
     "diracdeltanet_32x32": Network(
-        lambda: zoo.get("diracdeltanet_cifar10", weight_bits=4, act_bits=4, first_weight_bits=8, first_act_bits=4, last_weight_bits=8, last_act_bits=8, fc_weight_bits=8),
-        "dense", (32, 3, 32, 32)),
+        lambda: zoo.get("diracdeltanet_cifar10", weight_bits=4, act_bits=4, first_weight_bits=8, first_act_bits=4, **_ENDS),
+        "dense",
+        (32, 3, 32, 32),
+    ),
     "fracbnn_64": Network(lambda: zoo.get("fracbnn_cifar10"), "fracbnn", (64, 3, 32, 32)),
-}  # fmt: skip
+}
+
+
+QUICK = ("mb_4x32", "vgg_4x32")
 
 
 # --- twins ---------------------------------------------------------------------------------------------------------------------------
@@ -174,7 +202,7 @@ def _real(m: nn.Module) -> nn.Module | None:
         return _Join()
     if isinstance(m, LearnedScaleHardTanh):
         return nn.Identity()
-    if type(m).__name__ == "TruncAvgPool":
+    if isinstance(m, TruncAvgPool):
         return nn.AvgPool2d(m.kernel_size, m.stride)
     return None
 
@@ -201,7 +229,9 @@ def _brevitas(m: nn.Module) -> nn.Module | None:
         shape = (m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups)
         return qnn.QuantConv2d(*shape, bias=m.bias is not None, **options)
     if isinstance(m, (LearnedScaleReLU, LearnedScaleHardTanh)):
-        channels = {} if m.channels is None else {"scaling_per_output_channel": True, "per_channel_broadcastable_shape": (1, m.channels, 1, 1)}
+        channels = (
+            {} if m.channels is None else {"scaling_per_output_channel": True, "per_channel_broadcastable_shape": (1, m.channels, 1, 1)}
+        )
         channels["return_quant_tensor"] = m.return_quant_tensor
         if isinstance(m, LearnedScaleReLU):
             return qnn.QuantReLU(act_quant=StockUnsigned, bit_width=m.bits, max_val=6.0, **channels)
@@ -273,9 +303,9 @@ class _Conv(nn.Conv2d):
 
 
 class _GatedConv(nn.Conv2d):
-    def __init__(self, *shape: Any, threshold: float = -1.0) -> None:
-        super().__init__(*shape, bias=False)
-        self.threshold = nn.Parameter(torch.full((1, self.out_channels, 1, 1), threshold))
+    def __init__(self, channels: int, out: int, kernel: Any, stride: Any, padding: Any) -> None:
+        super().__init__(channels, out, kernel, stride, padding, bias=False)
+        self.threshold = nn.Parameter(torch.full((1, out, 1, 1), -1.0))
 
     def forward(self, x: Tensor) -> Tensor:
         high = F.conv2d(_sign(x), _sign(self.weight), None, self.stride, self.padding) * 2 / 3
@@ -296,14 +326,15 @@ class _RPReLU(nn.Module):
 
 
 def _published(m: nn.Module) -> nn.Module | None:
-    made: dict[str, Callable[[], nn.Module]] = {
-        "ThermometerEncoder": _Encoder,
-        "QuantSign": _Sign,
-        "BinaryConv2d": lambda: _Conv(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, bias=False),  # type: ignore[arg-type]
-        "FractionalConv2d": lambda: _GatedConv(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding),
-        "RPReLU": lambda: _RPReLU(m.prelu.num_parameters),  # type: ignore[union-attr, arg-type]
-    }
-    return made[type(m).__name__]() if type(m).__name__ in made else None
+    if isinstance(m, ThermometerEncoder):
+        return _Encoder()
+    if isinstance(m, QuantSign):
+        return _Sign()
+    if isinstance(m, BinaryConv2d):
+        return _Conv(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, bias=False)  # type: ignore[arg-type]
+    if isinstance(m, FractionalConv2d):
+        return _GatedConv(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding)
+    return _RPReLU(m.prelu.num_parameters) if isinstance(m, RPReLU) else None
 
 
 def published(model: nn.Module) -> nn.Module:
@@ -317,10 +348,116 @@ def published(model: nn.Module) -> nn.Module:
 # --- measuring -----------------------------------------------------------------------------------------------------------------------
 
 
-def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """One forward and backward; gradients are left on the parameters."""
-    for p in model.parameters():
+def step(model: nn.Module, x: Tensor, y: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One forward and backward; gradients are left on the parameters, which are listed once, as in an optimizer: Brevitas' modules nest."""
+    for p in parameters:
         p.grad = None
     loss = F.cross_entropy(model(x), y)
     loss.backward()
     return loss
+
+
+def variants(network: Network, model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> network: "ours" and what it is compared with."""
+    if network.kind == "fracbnn":
+        return {"published": published(model), "ours": model}
+    made = {"float": float_twin(model), "ours": model}
+    stock = stock_twin(model)
+    return made | ({} if stock is None else {"brevitas": stock})
+
+
+def _clock(device: str) -> float:
+    """Seconds: of this thread on the CPU (forward and backward run in it), of the clock behind all work on a GPU."""
+    if device == "cpu":
+        return time.thread_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(
+    networks: Sequence[str] = tuple(NETWORKS), rounds: int = 7, device: str = "cpu", compiled: bool = False
+) -> list[dict[str, Any]]:
+    """One row per network and layout: network, kind, layout, batch, device, over ("float" or "published"), seconds per step of each
+    variant, spread (largest over smallest step of ours), ratio, target, and of_brevitas where plain Brevitas has the quantizers.
+
+    Every variant takes a step in each round. compiled: under torch.compile (for GPUs). The published formulation of FracBNN is in NCHW,
+    and both of our layouts are compared with it. ValueError for an unknown network.
+    """
+    unknown = set(networks) - set(NETWORKS)
+    if unknown:
+        raise ValueError(f"no network {', '.join(sorted(unknown))} to train; there are {', '.join(NETWORKS)}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [row for name in networks for row in _rows(name, rounds, device, compiled)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(name: str, rounds: int, device: str, compiled: bool) -> list[dict[str, Any]]:
+    network = NETWORKS[name]
+    torch.manual_seed(0)
+    x, y = torch.rand(network.shape, device=device), torch.randint(0, 10, network.shape[:1], device=device)
+    found: dict[tuple[str, str], Any] = {}
+    for way, model in variants(network, network.build().train()).items():
+        for layout in ("NCHW",) if way == "published" else FORMATS:
+            one = copy.deepcopy(model).to(device=device, memory_format=FORMATS[layout])  # type: ignore[call-overload]
+            found[way, layout] = torch.compile(one) if compiled else one
+    parameters = {key: list(model.parameters()) for key, model in found.items()}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in found}
+    for turn in range(rounds + 2):  # two untimed
+        for key, model in found.items():
+            images = x.contiguous(memory_format=FORMATS[key[1]])
+            start = _clock(device)
+            step(model, images, y, parameters[key])
+            if turn > 1:
+                times[key].append(_clock(device) - start)
+    middle = {key: statistics.median(values) for key, values in times.items()}
+    over = "published" if network.kind == "fracbnn" else "float"
+    rows = []
+    for layout in FORMATS:
+        seconds = {way: value for (way, where), value in middle.items() if layout == where or way == "published"}
+        ours = times["ours", layout]
+        row = {"network": name, "kind": network.kind, "layout": layout, "batch": network.shape[0], "device": device, "over": over}
+        row |= {"seconds": seconds, "spread": max(ours) / min(ours)}
+        row |= {"ratio": seconds["ours"] / seconds[over], "target": TARGETS[network.kind][layout]}
+        rows.append(row | ({"of_brevitas": seconds["ours"] / seconds["brevitas"]} if "brevitas" in seconds else {}))
+    return rows
+
+
+HEADS = ("network", "layout", "float or published, ms", "Brevitas, ms", "ours, ms", "ours / first", "aimed at", "ours / Brevitas")
+
+
+def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """The rows as docs/training.md shows them."""
+    shown = Table(*HEADS, title=title)
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for row in rows:
+        seconds = {way: 1e3 * value for way, value in row["seconds"].items()}
+        times = [number(seconds.get(way), ".1f") for way in (row["over"], "brevitas", "ours")]
+        shown.add_row(row["network"], row["layout"], *times, *(number(row.get(k), ".2f") for k in ("ratio", "target", "of_brevitas")))
+    return shown
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="names, separated by commas")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args(argv)
+    names, console = given.networks.split(","), Console(width=140)
+    rows = measure(names, given.rounds)
+    console.print(table(rows, f"a training step, one thread, medians of {given.rounds} in CPU time, torch {torch.__version__}"))
+    if torch.cuda.is_available():
+        for compiled in (False, True):
+            there = measure(names, given.rounds, "cuda", compiled)
+            how = "torch.compile" if compiled else "eager"
+            console.print(table(there, f"the same on {torch.cuda.get_device_name()}, {how}"))
+            rows += there
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -46,3 +46,22 @@ class Layer:
     def examples() -> list[Example]:
         """Small modules with inputs for the generic tests."""
         raise NotImplementedError
+
+
+def _quantizes_alone(proxy: Any) -> bool:
+    """A Brevitas proxy that quantizes, and whose calls nobody watches."""
+    return proxy.is_quant_enabled and not (proxy._forward_hooks or proxy._forward_pre_hooks or proxy._backward_hooks)  # type: ignore[no-any-return]
+
+
+class DirectWeights:
+    """A Brevitas convolution or matrix product that asks its weight quantizer directly while training on plain tensors.
+
+    The same values and gradients without the steps in between (quantized tensors, caches, exporters), which take longer than the quantizer
+    on small maps.
+    """
+
+    def forward_impl(self: Any, x: Any) -> Any:
+        if self.training and type(x) is Tensor and not self.return_quant_tensor and _quantizes_alone(self.weight_quant):
+            if not (self.input_quant.is_quant_enabled or self.output_quant.is_quant_enabled or self.bias_quant.is_quant_enabled):
+                return self.inner_forward_impl(x, self.weight_quant.tensor_quant(self.weight)[0], self.bias)
+        return super().forward_impl(x)  # type: ignore[misc]

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from brevitas.nn import QuantConv2d
 
-from quantlib.layers._base import brevitas_options
+from quantlib.layers._base import DirectWeights, brevitas_options
 
 
-class WeightBitsConv2d(QuantConv2d):
+class WeightBitsConv2d(DirectWeights, QuantConv2d):
     """torch.nn.Conv2d's arguments, without bias unless asked, and `bits` for the weight quantizer named by the class."""
 
     weights: ClassVar[Any]

@@ -6,12 +6,12 @@ import torch
 from brevitas.nn import QuantConv2d
 from torch import nn
 
-from quantlib.layers._base import Example, Layer, brevitas_options
+from quantlib.layers._base import DirectWeights, Example, Layer, brevitas_options
 from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import BinaryWeight
 
 
-class BinaryConv2d(Layer, QuantConv2d):
+class BinaryConv2d(Layer, DirectWeights, QuantConv2d):
     """Convolution with weights in {-1, +1} and no scaling factor.
 
     Forward:   y = conv2d(x, sgn(weight)), ordinary zero padding: a padded position adds 0, not -1

@@ -6,12 +6,12 @@ import torch
 from brevitas.nn import QuantLinear
 from torch import nn
 
-from quantlib.layers._base import Example, Layer, brevitas_options
+from quantlib.layers._base import DirectWeights, Example, Layer, brevitas_options
 from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import BinaryWeight
 
 
-class BinaryLinear(Layer, QuantLinear):
+class BinaryLinear(Layer, DirectWeights, QuantLinear):
     """Matrix product with weights in {-1, +1} and no scaling factor.
 
     Forward:   y = x sgn(weight)^T + bias

@@ -6,12 +6,12 @@ import torch
 from brevitas.nn import QuantLinear
 from torch import nn
 
-from quantlib.layers._base import Example, Layer, brevitas_options
+from quantlib.layers._base import DirectWeights, Example, Layer, brevitas_options
 from quantlib.layers.half_wave import HalfWave
 from quantlib.quantizers import ConstantStepWeight
 
 
-class ConstantStepLinear(Layer, QuantLinear):
+class ConstantStepLinear(Layer, DirectWeights, QuantLinear):
     """Matrix product whose weights lie on a grid of a constant times their standard deviation.
 
     Forward:   as ConstantStepConv2d with y = x W^T + bias

@@ -105,9 +105,8 @@ class _Gated(Function):
         high, low, weight, threshold, lsb, soft = ctx.saved_tensors
         if ctx.places is not None:
             to_high, to_low, both = (torch.empty_like(soft) for _ in range(3))
-            sums, grad = torch.empty(threshold.shape, dtype=torch.float64), kernels.alike(grad, soft)
-            kernels.call("gated_back", grad, lsb, soft, to_high, to_low, both, sums, *ctx.places, int(ctx.sparse), dtype=soft.dtype)
-            total = sums.to(threshold.dtype)
+            total, grad = torch.empty_like(threshold), kernels.alike(grad, soft)
+            kernels.call("gated_back", grad, lsb, soft, to_high, to_low, both, total, *ctx.places, int(ctx.sparse), dtype=soft.dtype)
         else:
             slope = torch.ops.aten.sigmoid_backward(grad * lsb, soft)
             if ctx.sparse:

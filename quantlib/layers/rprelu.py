@@ -29,10 +29,9 @@ class _RPReLU(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, shift_x, slope = ctx.saved_tensors
         if ctx.places is not None:
-            dx, sums = torch.empty_like(x), torch.empty(3, *slope.shape, dtype=torch.float64)
+            dx, sums = torch.empty_like(x), x.new_empty((3, *slope.shape))
             kernels.call("rprelu_back", x, shift_x, slope, kernels.alike(grad, x), dx, sums, *ctx.places, dtype=x.dtype)
-            to_shift_x, to_slope, to_shift_y = sums.to(slope.dtype)
-            return dx, to_shift_x, to_slope, to_shift_y
+            return dx, *sums
         u = x + shift_x
         positive = torch.ops.aten.threshold_backward(grad, u, 0)
         negative = grad - positive

@@ -6,12 +6,12 @@ import torch
 from brevitas.nn import QuantConv2d
 from torch import nn
 
-from quantlib.layers._base import Example, Layer, brevitas_options
+from quantlib.layers._base import DirectWeights, Example, Layer, brevitas_options
 from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import NarrowIntWeightPerChannelMaxAbs, NarrowIntWeightPerTensorMaxAbs
 
 
-class ScaledIntConv2d(Layer, QuantConv2d):
+class ScaledIntConv2d(Layer, DirectWeights, QuantConv2d):
     """Convolution whose weights are narrow-range integers times a scale, the largest magnitude of each output channel.
 
     Forward:   q = 2^(bits-1) - 1; s_c = max(max |w_c|, 2e-16) / q; y = conv2d(x, clip(rne(w / s), -q, q) * s) (+ bias)

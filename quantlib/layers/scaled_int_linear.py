@@ -7,13 +7,13 @@ from brevitas.nn import QuantLinear
 from brevitas.quant import IntBias
 from torch import nn
 
-from quantlib.layers._base import Example, Layer, brevitas_options
+from quantlib.layers._base import DirectWeights, Example, Layer, brevitas_options
 from quantlib.layers.fixed_point import FixedPoint
 from quantlib.layers.learned_scale_relu import LearnedScaleReLU
 from quantlib.quantizers import NarrowIntWeightPerChannelMaxAbs, NarrowIntWeightPerTensorMaxAbs
 
 
-class ScaledIntLinear(Layer, QuantLinear):
+class ScaledIntLinear(Layer, DirectWeights, QuantLinear):
     """Matrix product whose weights are narrow-range integers times a scale, per output or per tensor.
 
     Forward:   as ScaledIntConv2d with y = x W^T + bias

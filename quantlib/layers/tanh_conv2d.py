@@ -6,12 +6,12 @@ import torch
 from brevitas.nn import QuantConv2d
 from torch import nn
 
-from quantlib.layers._base import Example, Layer, brevitas_options
+from quantlib.layers._base import DirectWeights, Example, Layer, brevitas_options
 from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import TanhWeight
 
 
-class TanhConv2d(Layer, QuantConv2d):
+class TanhConv2d(Layer, DirectWeights, QuantConv2d):
     """Convolution whose weights go through tanh onto two's-complement fractions, one scale for the tensor.
 
     Forward:   t = tanh(w), m = max |t|, n = 2^bits - 1; code = rne((t / 2m + 1/2) n); y = conv2d(x, (code - 2^(bits-1)) / 2^(bits-1)).

@@ -6,12 +6,12 @@ import torch
 from brevitas.nn import QuantLinear
 from torch import nn
 
-from quantlib.layers._base import Example, Layer, brevitas_options
+from quantlib.layers._base import DirectWeights, Example, Layer, brevitas_options
 from quantlib.layers.fixed_point import FixedPoint
 from quantlib.quantizers import TanhClassifierBias, TanhClassifierWeight
 
 
-class TanhLinear(Layer, QuantLinear):
+class TanhLinear(Layer, DirectWeights, QuantLinear):
     """Classifier whose weights and bias go through tanh onto a grid of 1 / (2^bits - 1), each with its own largest magnitude.
 
     Forward:   as TanhConv2d up to the code; y = x W^T + b with W and b (code - 2^(bits-1) - 1) / n; offset=False: (code - 2^(bits-1)) / n.

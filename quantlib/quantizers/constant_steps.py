@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from quantlib.quantizers import kernels
 from quantlib.quantizers.functions import in_float32
 from quantlib.quantizers.injectors import Quantized, RoundsToNearest, _TensorQuant
 
@@ -107,11 +106,6 @@ class _HalfWave(Function):
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.bits = bits
-        if kernels.fit(x) and kernels.places(x, 1):
-            y = torch.empty_like(x)
-            step = HALF_WAVE_STEPS[bits]
-            kernels.call("half_wave", x, y, x.numel(), step * (2**bits - 1), step, dtype=x.dtype)
-            return y
         return half_wave_codes(x, bits).mul_(HALF_WAVE_STEPS[bits])
 
     @staticmethod

@@ -169,10 +169,10 @@ class _DividedClip(Function):
         x, coef = ctx.saved_tensors
         clip = coef.abs()
         if ctx.kernel:
-            dx, sums = torch.empty_like(x), torch.empty(coef.shape, dtype=torch.float64)
+            dx, sums = torch.empty_like(x), torch.empty_like(coef)
             factors = (-2 / clip, -ctx.range / (2 * clip))
             kernels.call("divided_clip_back", x, kernels.alike(grad, x), dx, sums, x.numel(), clip, *factors, dtype=x.dtype)
-            return dx, sums.to(coef.dtype) * (ctx.range / 2) * coef.sign() / clip, None, None
+            return dx, sums.mul_(ctx.range / 2).mul_(coef.sign()).div_(clip), None, None
         above = (x - clip).sign_()
         dcoef = None
         if ctx.needs_input_grad[1]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from quantlib.quantizers import kernels
 from quantlib.quantizers.constant_steps import REAL, constant
 from quantlib.quantizers.functions import in_float32
 from quantlib.quantizers.injectors import Quantized, RoundsToNearest, _TensorQuant
@@ -83,10 +82,6 @@ class _DorefaActivation(Function):
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(x)
         levels = 2**bits
-        if kernels.fit(x) and kernels.places(x, 1):
-            y = torch.empty_like(x)
-            kernels.call("dorefa", x, y, x.numel(), levels, dtype=x.dtype)
-            return y
         return x.clamp(0, 1).mul_(levels).round_().clamp_(0, levels - 1).div_(levels)
 
     @staticmethod

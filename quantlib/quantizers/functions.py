@@ -11,6 +11,8 @@ Conventions decided here once:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -31,15 +33,17 @@ def in_float32(x: Tensor) -> Tensor:
     return x
 
 
-def _next(value: float, towards: float, like: Tensor) -> float:
-    """The neighbour of `value` in the dtype of `like` (float64 for float64, else float32)."""
-    dtype = np.float64 if like.dtype == torch.float64 else np.float32
+@cache
+def _beside(value: float, towards: float, wide: bool) -> float:
+    """The neighbour of `value` in float64 (wide) or float32."""
+    dtype = np.float64 if wide else np.float32
     return float(np.nextafter(dtype(value), dtype(towards)))
 
 
 def pass_inside(grad: Tensor, x: Tensor, lo: float, hi: float) -> Tensor:
     """grad where lo <= x <= hi, else 0, in one pass; lo and hi count as inside although they may be rounded to the dtype of x."""
-    return torch.ops.aten.hardtanh_backward(grad, x, _next(lo, -math.inf, x), _next(hi, math.inf, x))
+    wide = x.dtype is torch.float64
+    return torch.ops.aten.hardtanh_backward(grad, x, _beside(lo, -math.inf, wide), _beside(hi, math.inf, wide))
 
 
 # --- binary sign ---------------------------------------------------------------------------------------------------------------------
@@ -92,10 +96,6 @@ class _QuantSign(Function):
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(x)
         d = 2.0 / (2**bits - 1)
-        if kernels.fit(x) and kernels.places(x, 1):
-            y = torch.empty_like(x)
-            kernels.call("quant_sign", x, y, x.numel(), d, dtype=x.dtype)
-            return y
         return x.clamp(-1, 1).add_(1).div_(d).round_().mul_(d).sub_(1)
 
     @staticmethod
@@ -141,6 +141,7 @@ class _MaxAbs(Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, top: float, min_scale: float, channel: int | None) -> tuple[Tensor, Tensor]:
         ctx.top, ctx.channel = top, channel
+        ctx.set_materialize_grads(False)
         group = _kernel_group(w, channel)
         ctx.kernel = group is not None
         if group is not None:
@@ -164,8 +165,9 @@ class _MaxAbs(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> tuple[Tensor, None, None, None]:
         w, value, scale, where = ctx.saved_tensors
+        grad = torch.zeros_like(w) if grad is None else grad
         if ctx.kernel:
             dw, rows, grad = torch.empty_like(w), len(where), kernels.alike(grad, w)
             of_scale = None if grad_scale is None else grad_scale.contiguous()
@@ -223,58 +225,95 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _inside(lo: int, hi: int, gradient: Gradient, like: Tensor) -> tuple[float, float]:
     """Open interval of u = x / s in which dx = g. "brevitas" rounds first: half a step more on each side, half to even decides the ends."""
+    wide = like.dtype is torch.float64
     if gradient == "2019":
-        return _next(lo, -math.inf, like), _next(hi, math.inf, like)
+        return _beside(lo, -math.inf, wide), _beside(hi, math.inf, wide)
     below, above = lo - 0.5, hi + 0.5
-    return below if lo % 2 else _next(below, -math.inf, like), above if hi % 2 else _next(above, math.inf, like)
+    return below if lo % 2 else _beside(below, -math.inf, wide), above if hi % 2 else _beside(above, math.inf, wide)
 
 
 def _scale_places(x: Tensor, scale: Tensor) -> kernels.Places | None:
     """How the kernels see x beside one scale, or one per channel (1, C, 1, ...); None where they do not."""
-    one = scale.numel() == 1
-    if not (one or scale.shape == (1, scale.numel(), *[1] * (x.dim() - 2))) or not kernels.fit(x, scale):
+    count = scale.numel()
+    if not (count == 1 or scale.shape == (1, count, *[1] * (x.dim() - 2))) or not kernels.fit(x, scale):
         return None
-    return kernels.places(x, scale.numel())
+    return kernels.places(x, count)
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """What a scaled quantizer knows besides its tensors."""
+
+    lo: int
+    hi: int
+    gradient: Gradient
+    relu: bool
+
+    def value(self, x: Tensor, scale: Tensor, places: kernels.Places | None) -> Tensor:
+        if places is None:
+            return (x.clamp_min(0) if self.relu else x).div(scale).round_().clamp_(self.lo, self.hi).mul_(scale)
+        value = torch.empty_like(x)
+        kernels.call("learned_scale", x, scale, value, *places, self.lo, self.hi, dtype=x.dtype)
+        return value
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, scale: Tensor, places: kernels.Places | None, weight: Tensor | None = None, factor: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """dx, and ds * weight * factor."""
+        inside = _inside(self.lo, self.hi, self.gradient, x)
+        if places is not None:
+            dx, ds = torch.empty_like(x), torch.empty_like(scale)
+            floor, grad = 0.0 if self.relu else -math.inf, kernels.alike(grad, x)
+            kernels.call(
+                "learned_scale_back", x, scale, grad, weight, dx, ds, *places, factor, self.lo, self.hi, *inside, floor, dtype=x.dtype
+            )
+            return dx, ds
+        u = (x.clamp_min(0) if self.relu else x) / scale
+        dx = torch.ops.aten.hardtanh_backward(grad, u, *inside)
+        if self.relu:
+            dx = torch.ops.aten.threshold_backward(dx, x, 0)
+        code = u.round().clamp_(self.lo, self.hi)
+        if scale.numel() == 1:
+            ds = (_dot(grad, code) - _dot(dx, u)).reshape(scale.shape)
+        else:
+            ds = (grad * code).sum_to_size(scale.shape) - (dx * u).sum_to_size(scale.shape)
+        return dx, ds if weight is None else ds * weight * factor
 
 
 class _LearnedScale(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient, relu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, levels: _Levels) -> Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.range = (lo, hi, gradient, relu)
-        places = ctx.places = _scale_places(x, scale)
-        if places is not None:
-            value = torch.empty_like(x)
-            kernels.call("learned_scale", x, scale, value, *places, lo, hi, dtype=x.dtype)
-            return value
-        u = (x.clamp_min(0) if relu else x) / scale
-        return u.round_().clamp_(lo, hi).mul_(scale)
+        ctx.levels, ctx.places = levels, _scale_places(x, scale)
+        return levels.value(x, scale, ctx.places)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        x, scale = ctx.saved_tensors
-        lo, hi, gradient, relu = ctx.range
-        inside = _inside(lo, hi, gradient, x)
-        if ctx.places is not None:
-            dx, sums = torch.empty_like(x), torch.empty(scale.shape, dtype=torch.float64)
-            floor = 0.0 if relu else -math.inf
-            kernels.call(
-                "learned_scale_back", x, scale, kernels.alike(grad, x), dx, sums, *ctx.places, lo, hi, *inside, floor, dtype=x.dtype
-            )
-            return dx, sums.to(scale.dtype), None, None, None, None
-        u = (x.clamp_min(0) if relu else x) / scale
-        dx = torch.ops.aten.hardtanh_backward(grad, u, *inside)
-        if relu:
-            dx = torch.ops.aten.threshold_backward(dx, x, 0)
-        ds = None
-        if ctx.needs_input_grad[1]:
-            code = u.round().clamp_(lo, hi)
-            if scale.numel() == 1:
-                ds = (_dot(grad, code) - _dot(dx, u)).reshape(scale.shape)
-            else:
-                ds = (grad * code).sum_to_size(scale.shape) - (dx * u).sum_to_size(scale.shape)
-        return dx, ds, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.levels.gradients(grad, *ctx.saved_tensors, ctx.places), None
+
+
+class _LearnedLog2Scale(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log2: Tensor, top: Tensor, slope: float, smallest: float, levels: _Levels) -> tuple[Tensor, Tensor]:
+        reach = torch.pow(2.0, log2)
+        scale = reach.clamp_min(smallest).div_(top)
+        ctx.save_for_backward(x, scale, reach)
+        ctx.set_materialize_grads(False)
+        ctx.levels, ctx.slope, ctx.places = levels, slope, _scale_places(x, scale)
+        return levels.value(x, scale, ctx.places), scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, scale, reach = ctx.saved_tensors
+        dx = slope = None
+        if grad is not None:
+            dx, slope = ctx.levels.gradients(grad, x, scale, ctx.places, reach, ctx.slope)
+        if grad_scale is not None:
+            more = grad_scale * reach * ctx.slope
+            slope = more if slope is None else slope + more
+        return dx, slope, None, None, None, None
 
 
 def learned_scale(x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient = "2019", relu: bool = False) -> Tensor:
@@ -293,9 +332,34 @@ def learned_scale(x: Tensor, scale: Tensor, lo: int, hi: int, gradient: Gradient
     >>> learned_scale(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor(0.5), 0, 15).tolist()
     [0.0, 0.5, 7.5]
     """
+    return _LearnedScale.apply(in_float32(x), scale, _levels(int(lo), int(hi), gradient, bool(relu)))
+
+
+@cache
+def _levels(lo: int, hi: int, gradient: Gradient, relu: bool) -> _Levels:
     if gradient not in ("2019", "brevitas"):
         raise ValueError(f'gradient must be "2019" or "brevitas", got {gradient!r}')
-    return _LearnedScale.apply(in_float32(x), scale, int(lo), int(hi), gradient, bool(relu))
+    return _Levels(lo, hi, gradient, relu)
+
+
+def learned_log2_scale(
+    x: Tensor, log2: Tensor, top: Tensor, lo: int, hi: int, gradient: Gradient = "2019", relu: bool = False, smallest: float = 2e-16
+) -> tuple[Tensor, Tensor]:
+    """`learned_scale` and its scale as one function of the parameter v = log2.
+
+    Forward:   s = max(2^v, smallest) / top; returns (learned_scale(x, s, ...), s)
+    Gradient:  as learned_scale; dv = (ds + gradient of the returned s) * 2^v ln 2 / top, also where the minimum holds, as in Brevitas
+    Shapes:    x any; v and s () or (1, C, 1, 1); top ()
+    Ranges:    top is hi (unsigned) or -lo (signed), as a tensor: a division by a number is none on every device
+    Source:    as learned_scale; Brevitas' ParameterScaling in the log2 domain
+
+    >>> value, scale = learned_log2_scale(torch.tensor([-1.0, 1.4, 9.0]), torch.tensor(3.0), torch.tensor(15.0), 0, 15)
+    >>> (value / scale).round().tolist()
+    [0.0, 3.0, 15.0]
+    """
+    levels = _levels(int(lo), int(hi), gradient, bool(relu))
+    value, scale = _LearnedLog2Scale.apply(in_float32(x), log2, top, math.log(2) / (-lo or hi), float(smallest), levels)
+    return value, scale
 
 
 # --- fixed point ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from brevitas import config
 from brevitas.core.function_wrapper import Identity
-from brevitas.core.restrict_val import FloatRestrictValue
+from brevitas.core.restrict_val import FloatRestrictValue, LogFloatRestrictValue
+from brevitas.core.scaling import ParameterScaling
 from brevitas.inject import ExtendedInjector
 from brevitas.inject.enum import FloatToIntImplType, RestrictValueType, ScalingPerOutputType
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
@@ -28,7 +29,7 @@ from brevitas.quant import (
 )
 from torch import Tensor, nn
 
-from quantlib.quantizers.functions import Gradient, binary_sign, learned_scale, max_abs, quant_sign
+from quantlib.quantizers.functions import Gradient, binary_sign, learned_log2_scale, learned_scale, max_abs, quant_sign
 
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -94,11 +95,22 @@ class MaxAbsQuant(_TensorQuant):
         return value, scale, self.zero_point, self.bit_width
 
 
+def _least_of_log2(scaling: nn.Module) -> float | None:
+    """The minimum of a scale that Brevitas learns as its log2, 0 for none; None where it is learned or found otherwise."""
+    if type(scaling) is not ParameterScaling:
+        return None
+    clamped: Any = scaling.restrict_clamp_scaling
+    steps: tuple[Any, ...] = (scaling.restrict_clamp_threshold, scaling.restrict_clamp_scale_threshold)
+    if [type(m.restrict_value_impl) for m in (clamped, *steps)] != [LogFloatRestrictValue, FloatRestrictValue, Identity]:
+        return None
+    return float(getattr(clamped.clamp_ste, "min_val", 0.0))
+
+
 class LearnedScaleQuant(_TensorQuant):
     """The scale outlives load_state_dict, at which Brevitas builds `tensor_quant` anew: an optimizer made before goes on training it."""
 
     threshold: Tensor
-    scaling_impl: nn.Module
+    scaling_impl: Any
 
     def __init__(
         self, bit_width: int, signed: bool, narrow_range: bool, scaling_impl: nn.Module, scale_gradient: Gradient, proxy_module: nn.Module
@@ -112,10 +124,15 @@ class LearnedScaleQuant(_TensorQuant):
         before = getattr(getattr(proxy_module, "fused_activation_quant_proxy", None), "tensor_quant", None)
         self.scaling_impl = before.scaling_impl if isinstance(before, LearnedScaleQuant) else scaling_impl
         self.register_buffer("threshold", torch.tensor(float(-self.lo if signed else self.hi)), persistent=False)
+        self.smallest = _least_of_log2(self.scaling_impl)
 
     def forward(self, x: Tensor, relu: bool = False) -> Quantized:
-        scale = self.scaling_impl(x, self.threshold)
-        return learned_scale(x, scale, self.lo, self.hi, self.gradient, relu), scale, self.zero_point, self.bit_width
+        if self.smallest is None:
+            scale = self.scaling_impl(x, self.threshold)
+            return learned_scale(x, scale, self.lo, self.hi, self.gradient, relu), scale, self.zero_point, self.bit_width
+        log2: Tensor = self.scaling_impl.value
+        value, scale = learned_log2_scale(x, log2, self.threshold, self.lo, self.hi, self.gradient, relu, self.smallest)
+        return value, scale, self.zero_point, self.bit_width
 
 
 class _ReLUInside(FusedActivationQuantProxy):
@@ -134,7 +151,7 @@ class OwnScaleProxy(ActQuantProxyFromInjector):
     def init_tensor_quant(self) -> None:
         self.quant_injector = self.quant_injector.let(proxy_module=self)
         super().init_tensor_quant()
-        fused = self.fused_activation_quant_proxy
+        fused: Any = self.fused_activation_quant_proxy  # type: ignore[has-type]
         if isinstance(fused.tensor_quant, LearnedScaleQuant) and type(fused.activation_impl) is nn.ReLU:
             self.fused_activation_quant_proxy = _ReLUInside(fused.activation_impl, fused.tensor_quant)
 

@@ -12,8 +12,9 @@
 namespace {
 
 using i64 = std::int64_t;
-constexpr i64 BLOCK = 1024;       // elements summed in the working precision
-constexpr i64 GRAIN = 1 << 16;    // elements that are worth a thread
+constexpr i64 BLOCK = 1024;     // elements summed in the working precision
+constexpr i64 LANES = 16;       // of them at a time
+constexpr i64 GRAIN = 1 << 16;  // elements that are worth a thread
 
 template <class T>
 inline T least(T x, T lo) { return lo >= x ? lo : x; }  // NaN passes, -0 becomes lo = 0
@@ -30,15 +31,6 @@ void split(i64 n, i64 unit, i64 threads, F f) {
     for (auto& t : others) t.join();
 }
 
-template <class T, class F>
-void each(const void* from, void* to, i64 n, i64 threads, F f) {
-    const T* x = static_cast<const T*>(from);
-    T* y = static_cast<T*>(to);
-    split(n, 1, threads, [=](i64, i64 begin, i64 end) {
-        for (i64 i = begin; i < end; ++i) y[i] = f(x[i]);
-    });
-}
-
 /// Sizes of a map: rows of channels (inner 1) and planes of one channel each are the two cases below.
 struct Map {
     i64 outer, channels, inner;
@@ -47,7 +39,7 @@ struct Map {
 /// Sums over a map, `S` of them per channel. body(i, c, sums) adds the terms of element i of channel c to sums[0..S).
 /// sums_out is (S, channels).
 template <class T, int S, class F>
-void reduce(Map m, double* sums_out, i64 threads, F body) {
+void reduce(Map m, T* sums_out, i64 threads, F body) {
     const i64 c = m.channels, width = S * c;
     std::vector<double> totals(static_cast<std::size_t>(threads * width), 0.0);
     double* all = totals.data();
@@ -55,7 +47,7 @@ void reduce(Map m, double* sums_out, i64 threads, F body) {
         split(m.outer, c, threads, [=](i64 part, i64 begin, i64 end) {
             std::vector<T> block(static_cast<std::size_t>(width));
             double* mine = all + part * width;
-            const i64 rows = std::max<i64>(1, BLOCK / 16);
+            const i64 rows = BLOCK / LANES;
             for (i64 r = begin; r < end; r += rows) {
                 std::fill(block.begin(), block.end(), T(0));
                 T* __restrict sums = block.data();
@@ -84,28 +76,26 @@ void reduce(Map m, double* sums_out, i64 threads, F body) {
                 const i64 last = one ? std::min(m.inner, first + BLOCK) : first + m.inner;
                 for (i64 at = first; at < last; at += BLOCK) {
                     const i64 stop = std::min(last, at + BLOCK);
-                    T sums[S] = {};
-                    if constexpr (S == 1) {
-                        T a = 0;
-#pragma omp simd reduction(+ : a)
-                        for (i64 i = at; i < stop; ++i) {
-                            T term[1];
-                            body(i, channel, term);
-                            a += term[0];
+                    T lanes[S * LANES] = {};
+                    i64 i = at;
+                    for (; i + LANES <= stop; i += LANES) {
+#pragma GCC ivdep
+                        for (i64 j = 0; j < LANES; ++j) {
+                            T term[S];
+                            body(i + j, channel, term);
+                            for (int s = 0; s < S; ++s) lanes[s * LANES + j] += term[s];
                         }
-                        sums[0] = a;
-                    } else {
-                        T a = 0, b = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, d)
-                        for (i64 i = at; i < stop; ++i) {
-                            T term[3] = {};
-                            body(i, channel, term);
-                            a += term[0], b += term[1], d += term[2];
-                        }
-                        sums[0] = a, sums[1] = b;
-                        if (S > 2) sums[S - 1] = d;
                     }
-                    for (int s = 0; s < S; ++s) mine[s * c + channel] += sums[s];
+                    for (; i < stop; ++i) {
+                        T term[S];
+                        body(i, channel, term);
+                        for (int s = 0; s < S; ++s) lanes[s * LANES] += term[s];
+                    }
+                    for (int s = 0; s < S; ++s) {
+                        double sum = 0;
+                        for (i64 j = 0; j < LANES; ++j) sum += lanes[s * LANES + j];
+                        mine[s * c + channel] += sum;
+                    }
                 }
             }
         });
@@ -113,7 +103,7 @@ void reduce(Map m, double* sums_out, i64 threads, F body) {
     for (i64 j = 0; j < width; ++j) {
         double total = 0;
         for (i64 p = 0; p < threads; ++p) total += all[p * width + j];
-        sums_out[j] = total;
+        sums_out[j] = T(total);
     }
 }
 
@@ -154,21 +144,25 @@ void learned_scale(const void* from, const void* scale, void* to, Map m, double 
     visit(m, threads, [=](i64 i, i64 c) { y[i] = most(least(std::rint(x[i] / s[c]), lo), hi) * s[c]; });
 }
 
+/// sums (channels): the gradient of each scale, times weight[c] * factor where there is a weight.
 template <class T>
-void learned_scale_back(const void* from, const void* scale, const void* grad, void* to, double* sums, Map m, double lo_, double hi_,
+void learned_scale_back(const void* from, const void* scale, const void* grad, const void* weight, void* to, void* sums, Map m, double factor, double lo_, double hi_,
                         double below_, double above_, double floor_, i64 threads) {
     const T* __restrict x = static_cast<const T*>(from);
     const T* __restrict s = static_cast<const T*>(scale);
     const T* __restrict g = static_cast<const T*>(grad);
     T* __restrict dx = static_cast<T*>(to);
     const T lo = T(lo_), hi = T(hi_), below = T(below_), above = T(above_), floor = T(floor_);
-    reduce<T, 1>(m, sums, threads, [=](i64 i, i64 c, T* term) {
+    T* ds = static_cast<T*>(sums);
+    reduce<T, 1>(m, ds, threads, [=](i64 i, i64 c, T* term) {
         const T u = least(x[i], floor) / s[c];  // floor: 0 behind a ReLU, else -infinity
         const T code = most(least(std::rint(u), lo), hi);
         const bool outside = (u <= below) | (u >= above) | (x[i] <= floor);
         dx[i] = outside ? T(0) : g[i];
         term[0] = g[i] * (outside ? code : code - u);
     });
+    if (weight)
+        for (i64 c = 0; c < m.channels; ++c) ds[c] = T(double(ds[c]) * double(static_cast<const T*>(weight)[c]) * factor);
 }
 
 // --- largest magnitude ---------------------------------------------------------------------------------------------------------------
@@ -183,20 +177,25 @@ void max_abs(const void* from, void* to, void* scales, i64* where, i64 rows, i64
     for (i64 r = 0; r < rows; ++r) {
         const T* __restrict row = w + r * size;
         T largest = 0;
-        bool nan = false;
+        int nan = 0;
+#pragma omp simd reduction(max : largest) reduction(| : nan)
         for (i64 i = 0; i < size; ++i) {
             const T a = std::fabs(row[i]);
             nan |= a != a;
             largest = a > largest ? a : largest;
         }
-        i64 first = size;  // the first in logical order
-        i64 place = 0;
+        i64 first = size, place = 0;    // the first in logical order, and where it lies
         const i64 span = size / group;  // memory p = k * span + i of logical i * group + k
-        for (i64 p = 0; p < size; ++p) {
-            const bool hit = nan ? row[p] != row[p] : std::fabs(row[p]) == largest;
-            if (hit) {
-                const i64 logical = (p % span) * group + p / span;
-                if (logical < first) first = logical, place = p;
+        for (i64 at = 0; at < size && !(group == 1 && first < size); at += 256) {
+            const i64 stop = std::min(size, at + 256);
+            int any = nan;
+#pragma omp simd reduction(| : any)
+            for (i64 p = at; p < stop; ++p) any |= std::fabs(row[p]) == largest;
+            for (i64 p = at; any && p < stop; ++p) {
+                if (nan ? row[p] != row[p] : std::fabs(row[p]) == largest) {
+                    const i64 logical = (p % span) * group + p / span;
+                    if (logical < first) first = logical, place = p;
+                }
             }
         }
         if (nan) largest = row[place];
@@ -251,13 +250,13 @@ void rprelu(const void* from, const void* before, const void* slopes, const void
 
 /// sums (3, channels): of dx, of dy * u where u <= 0, of dy.
 template <class T>
-void rprelu_back(const void* from, const void* before, const void* slopes, const void* grad, void* to, double* sums, Map m, i64 threads) {
+void rprelu_back(const void* from, const void* before, const void* slopes, const void* grad, void* to, void* sums, Map m, i64 threads) {
     const T* __restrict x = static_cast<const T*>(from);
     const T* __restrict a = static_cast<const T*>(before);
     const T* __restrict k = static_cast<const T*>(slopes);
     const T* __restrict g = static_cast<const T*>(grad);
     T* __restrict dx = static_cast<T*>(to);
-    reduce<T, 3>(m, sums, threads, [=](i64 i, i64 c, T* term) {
+    reduce<T, 3>(m, static_cast<T*>(sums), threads, [=](i64 i, i64 c, T* term) {
         const T u = x[i] + a[c];
         const T positive = u <= T(0) ? T(0) : g[i], negative = g[i] - positive;
         const T d = positive + negative * k[c];
@@ -327,7 +326,7 @@ i64 merged(void* twice_, const void* low_, const void* soft_, i64 n, i64 threads
 /// slope = dy * low * (1 - soft) * soft (0 where soft < 1/2 if sparse); high = dy + 5/3 slope, dlow = dy where open, both = high + dlow / 2;
 /// sums (channels): of slope.
 template <class T>
-void gated_back(const void* grad, const void* low_, const void* soft_, void* high_, void* dlow_, void* both_, double* sums, Map m, i64 sparse,
+void gated_back(const void* grad, const void* low_, const void* soft_, void* high_, void* dlow_, void* both_, void* sums, Map m, i64 sparse,
                 i64 threads) {
     const T* __restrict g = static_cast<const T*>(grad);
     const T* __restrict low = static_cast<const T*>(low_);
@@ -336,7 +335,7 @@ void gated_back(const void* grad, const void* low_, const void* soft_, void* hig
     T* __restrict dlow = static_cast<T*>(dlow_);
     T* __restrict both = static_cast<T*>(both_);
     const T always = sparse ? T(0) : T(1), steep = T(5.0 / 3.0);
-    reduce<T, 1>(m, sums, threads, [=](i64 i, i64, T* term) {
+    reduce<T, 1>(m, static_cast<T*>(sums), threads, [=](i64 i, i64, T* term) {
         const T s = soft[i], factor = s >= T(0.5) ? T(1) : always;
         const T slope = g[i] * low[i] * (T(1) - s) * s * factor;
         const T mask = s > T(0.5) ? T(1) : T(0);
@@ -346,41 +345,25 @@ void gated_back(const void* grad, const void* low_, const void* soft_, void* hig
     });
 }
 
-// --- constant grids ------------------------------------------------------------------------------------------------------------------
+// --- divided clip --------------------------------------------------------------------------------------------------------------------
 
 template <class T>
-void quant_sign(const void* x, void* y, i64 n, double step_, i64 threads) {
-    const T step = T(step_);
-    each<T>(x, y, n, threads, [=](T v) { return std::rint((most(least(v, T(-1)), T(1)) + T(1)) / step) * step - T(1); });
-}
-
-template <class T>
-void half_wave(const void* x, void* y, i64 n, double top_, double step_, i64 threads) {
-    const T top = T(top_), step = T(step_);
-    each<T>(x, y, n, threads, [=](T v) { return std::rint(most(least(v, T(0)), top) / step) * step; });
-}
-
-template <class T>
-void dorefa(const void* x, void* y, i64 n, double levels_, i64 threads) {
-    const T levels = T(levels_), last = T(levels_ - 1);
-    each<T>(x, y, n, threads, [=](T v) { return most(least(std::rint(most(least(v, T(0)), T(1)) * levels), T(0)), last) / levels; });
-}
-
-template <class T>
-void divided_clip(const void* x, void* y, i64 n, const void* clip_, double levels_, double step_, i64 threads) {
+void divided_clip(const void* from, void* to, i64 n, const void* clip_, double levels_, double step_, i64 threads) {
+    const T* __restrict x = static_cast<const T*>(from);
+    T* __restrict y = static_cast<T*>(to);
     const T clip = *static_cast<const T*>(clip_), levels = T(levels_), step = T(step_);
-    each<T>(x, y, n, threads, [=](T v) { return std::rint(most(least(v, T(0)), clip) / clip * levels) * step; });
+    visit({1, 1, n}, threads, [=](i64 i, i64) { y[i] = std::rint(most(least(x[i], T(0)), clip) / clip * levels) * step; });
 }
 
 /// factor = -R / (2a), so that dx = ((sign(x - a) - sign(x)) * dy) * factor; sum of dy * ((u * (-2 / a) + sign(x - a)) + 1).
 template <class T>
-void divided_clip_back(const void* from, const void* grad, void* to, double* sum, i64 n, const void* clip_, const void* slope_,
+void divided_clip_back(const void* from, const void* grad, void* to, void* sum, i64 n, const void* clip_, const void* slope_,
                        const void* factor_, i64 threads) {
     const T* __restrict x = static_cast<const T*>(from);
     const T* __restrict g = static_cast<const T*>(grad);
     T* __restrict dx = static_cast<T*>(to);
     const T clip = *static_cast<const T*>(clip_), slope = *static_cast<const T*>(slope_), factor = *static_cast<const T*>(factor_);
-    reduce<T, 1>({1, 1, n}, sum, threads, [=](i64 i, i64, T* term) {
+    reduce<T, 1>({1, 1, n}, static_cast<T*>(sum), threads, [=](i64 i, i64, T* term) {
         const T over = x[i] - clip;
         const T above = over > 0 ? T(1) : over < 0 ? T(-1) : T(0), sign = x[i] > 0 ? T(1) : x[i] < 0 ? T(-1) : T(0);
         term[0] = g[i] * (most(least(x[i], T(0)), clip) * slope + above + T(1));
@@ -395,10 +378,10 @@ void divided_clip_back(const void* from, const void* grad, void* to, double* sum
 KERNEL void ql_learned_scale(i64 wide, const void* x, const void* s, void* y, i64 o, i64 c, i64 n, double lo, double hi, i64 threads) {
     wide ? learned_scale<double>(x, s, y, {o, c, n}, lo, hi, threads) : learned_scale<float>(x, s, y, {o, c, n}, lo, hi, threads);
 }
-KERNEL void ql_learned_scale_back(i64 wide, const void* x, const void* s, const void* g, void* dx, double* sums, i64 o, i64 c, i64 n,
-                                  double lo, double hi, double below, double above, double floor, i64 threads) {
-    wide ? learned_scale_back<double>(x, s, g, dx, sums, {o, c, n}, lo, hi, below, above, floor, threads)
-         : learned_scale_back<float>(x, s, g, dx, sums, {o, c, n}, lo, hi, below, above, floor, threads);
+KERNEL void ql_learned_scale_back(i64 wide, const void* x, const void* s, const void* g, const void* w, void* dx, void* sums, i64 o, i64 c,
+                                  i64 n, double factor, double lo, double hi, double below, double above, double floor, i64 threads) {
+    wide ? learned_scale_back<double>(x, s, g, w, dx, sums, {o, c, n}, factor, lo, hi, below, above, floor, threads)
+         : learned_scale_back<float>(x, s, g, w, dx, sums, {o, c, n}, factor, lo, hi, below, above, floor, threads);
 }
 KERNEL void ql_max_abs(i64 wide, const void* w, void* y, void* s, i64* where, i64 rows, i64 size, i64 group, double top, double smallest, i64) {
     wide ? max_abs<double>(w, y, s, where, rows, size, group, top, smallest) : max_abs<float>(w, y, s, where, rows, size, group, top, smallest);
@@ -410,7 +393,7 @@ KERNEL void ql_max_abs_back(i64 wide, const void* w, const void* y, const void* 
 KERNEL void ql_rprelu(i64 wide, const void* x, const void* a, const void* k, const void* b, void* y, i64 o, i64 c, i64 n, i64 threads) {
     wide ? rprelu<double>(x, a, k, b, y, {o, c, n}, threads) : rprelu<float>(x, a, k, b, y, {o, c, n}, threads);
 }
-KERNEL void ql_rprelu_back(i64 wide, const void* x, const void* a, const void* k, const void* g, void* dx, double* sums, i64 o, i64 c, i64 n,
+KERNEL void ql_rprelu_back(i64 wide, const void* x, const void* a, const void* k, const void* g, void* dx, void* sums, i64 o, i64 c, i64 n,
                            i64 threads) {
     wide ? rprelu_back<double>(x, a, k, g, dx, sums, {o, c, n}, threads) : rprelu_back<float>(x, a, k, g, dx, sums, {o, c, n}, threads);
 }
@@ -423,24 +406,15 @@ KERNEL void ql_before_gate(i64 wide, const void* x, const void* t, void* z, i64 
 KERNEL i64 ql_merged(i64 wide, void* twice, const void* low, const void* soft, i64 n, i64 threads) {
     return wide ? merged<double>(twice, low, soft, n, threads) : merged<float>(twice, low, soft, n, threads);
 }
-KERNEL void ql_gated_back(i64 wide, const void* g, const void* low, const void* soft, void* high, void* dlow, void* both, double* sums, i64 o,
+KERNEL void ql_gated_back(i64 wide, const void* g, const void* low, const void* soft, void* high, void* dlow, void* both, void* sums, i64 o,
                           i64 c, i64 n, i64 sparse, i64 threads) {
     wide ? gated_back<double>(g, low, soft, high, dlow, both, sums, {o, c, n}, sparse, threads)
          : gated_back<float>(g, low, soft, high, dlow, both, sums, {o, c, n}, sparse, threads);
 }
-KERNEL void ql_quant_sign(i64 wide, const void* x, void* y, i64 n, double step, i64 threads) {
-    wide ? quant_sign<double>(x, y, n, step, threads) : quant_sign<float>(x, y, n, step, threads);
-}
-KERNEL void ql_half_wave(i64 wide, const void* x, void* y, i64 n, double top, double step, i64 threads) {
-    wide ? half_wave<double>(x, y, n, top, step, threads) : half_wave<float>(x, y, n, top, step, threads);
-}
-KERNEL void ql_dorefa(i64 wide, const void* x, void* y, i64 n, double levels, i64 threads) {
-    wide ? dorefa<double>(x, y, n, levels, threads) : dorefa<float>(x, y, n, levels, threads);
-}
 KERNEL void ql_divided_clip(i64 wide, const void* x, void* y, i64 n, const void* clip, double levels, double step, i64 threads) {
     wide ? divided_clip<double>(x, y, n, clip, levels, step, threads) : divided_clip<float>(x, y, n, clip, levels, step, threads);
 }
-KERNEL void ql_divided_clip_back(i64 wide, const void* x, const void* g, void* dx, double* sum, i64 n, const void* clip, const void* slope,
+KERNEL void ql_divided_clip_back(i64 wide, const void* x, const void* g, void* dx, void* sum, i64 n, const void* clip, const void* slope,
                                  const void* factor, i64 threads) {
     wide ? divided_clip_back<double>(x, g, dx, sum, n, clip, slope, factor, threads)
          : divided_clip_back<float>(x, g, dx, sum, n, clip, slope, factor, threads);

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # without the leading (wide) and the closing (threads) number
     "learned_scale": (_P, _P, _P, _I, _I, _I, _D, _D),
-    "learned_scale_back": (_P, _P, _P, _P, _P, _I, _I, _I, _D, _D, _D, _D, _D),
+    "learned_scale_back": (_P, _P, _P, _P, _P, _P, _I, _I, _I, _D, _D, _D, _D, _D, _D),
     "max_abs": (_P, _P, _P, _P, _I, _I, _I, _D, _D),
     "max_abs_back": (_P, _P, _P, _P, _P, _P, _P, _I, _I, _D),
     "rprelu": (_P, _P, _P, _P, _P, _I, _I, _I),
@@ -33,19 +32,19 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # without the leading (wide) and the
     "before_gate": (_P, _P, _P, _I, _I, _I),
     "merged": (_P, _P, _P, _I),
     "gated_back": (_P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I),
-    "quant_sign": (_P, _P, _I, _D),
-    "half_wave": (_P, _P, _I, _D, _D),
-    "dorefa": (_P, _P, _I, _D),
     "divided_clip": (_P, _P, _I, _P, _D, _D),
     "divided_clip_back": (_P, _P, _P, _P, _I, _P, _P, _P),
 }
-_lock = threading.Lock()
 
 
 @cache
-def _library(body: str) -> ctypes.CDLL | None:
+def _library() -> ctypes.CDLL | None:
+    """None where there are no kernels. One look at the environment: this is asked several times in every layer."""
     from quantlib.engine.build import Unavailable, compiled, flags
 
+    body = os.environ.get("QUANTLIB_ENGINE") or "native"
+    if body == "torch":
+        return None
     try:
         handle = ctypes.CDLL(str(compiled(f"quantizers-{body}", SOURCE, (*flags(body), *EXACT), [SOURCE])))
     except (Unavailable, OSError, RuntimeError):
@@ -57,23 +56,18 @@ def _library(body: str) -> ctypes.CDLL | None:
     return handle
 
 
-def _handle() -> ctypes.CDLL | None:
-    body = os.environ.get("QUANTLIB_ENGINE") or "native"
-    if body == "torch":
-        return None
-    with _lock:
-        return _library(body)
-
-
 def fit(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: plain tensors of one dtype, float32 or float64, on the CPU, outside of tracing; and there are kernels."""
+    """Whether the kernels take these: plain tensors of one dtype, float32 or float64, on the CPU; where nobody records what is called
+    (conversion, tracing, compilation, torch's modes), for kernels are called behind torch's back; and whether there are kernels."""
     dtype = tensors[0].dtype
     if dtype not in (torch.float32, torch.float64) or not tensors[0].numel():
         return False
     for t in tensors:
         if t.dtype is not dtype or t.device.type != "cpu" or type(t) not in (Tensor, nn.Parameter):
             return False
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None and _handle() is not None
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    return not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()) and _library() is not None
 
 
 def places(x: Tensor, channels: int) -> Places | None:
@@ -97,8 +91,8 @@ def alike(x: Tensor, like: Tensor) -> Tensor:
 
 
 def call(name: str, *arguments: Any, dtype: torch.dtype) -> Any:
-    """Runs a kernel on tensors (by their address; None is a null pointer) and numbers. The caller has asked `fit` and keeps to SIGNATURES."""
+    """Runs a kernel on tensors (by address; None is a null pointer) and numbers. The caller has asked `fit` and keeps to SIGNATURES."""
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    handle = _handle()
+    handle = _library()
     assert handle is not None, "fit() was asked before"
     return getattr(handle, f"ql_{name}")(dtype is torch.float64, *values, torch.get_num_threads())
