@@ -137,8 +137,7 @@ def _cost(u: Unit) -> Cost:
     banks = c.n * la.stride[1]
     held = memory(w.rows * -(-la.x[2] // banks) * u.groups * w.parts, u.lanes * la.act_bits).times(banks)
     choice = Cost(lut=word * (1 + ceil(banks / 4) * (c.phases > 1)))  # of a bank, four per LUT, and of the padding
-    last = sum(w.need(r) == la.x[1] for r in range(la.y[1]))  # rows of segments that are written when all is read
-    pause = last * w.fetches / w.iterations if u.iterations <= w.iterations else last / la.y[1] * (1 - w.silence / u.iterations)
+    pause = c.late * w.fetches / w.iterations if u.iterations <= w.iterations else c.late / la.y[1] * (1 - w.silence / u.iterations)
     cost += loop(w.iterations, word, w.need(0) / la.x[1], pause) + held + choice + fifo(max(32, u.steps + u.backlog), word)
     order = memory(2 * u.blocks, bits, "lut") + Cost(lut=u.pe * la.sum_bits * ceil(c.kept / 4))
     return cost + loop(u.ordered, u.pe * la.sum_bits) + order + fifo(max(32, u.blocks), bits)

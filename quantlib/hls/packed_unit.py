@@ -9,8 +9,9 @@ Two schemes of `quantlib.packing`, both exact (docs/packing.md, "In the hardware
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
+from math import gcd
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,9 +28,9 @@ EXACT = Rule(sign_bit=True, spare_up_to=0, any_scheme=True)
 SLICE_LUTS = 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """The integers that decide how a layer may be packed; a Dense is a 1x1 convolution of one pixel.
+    """The integers that decide how a layer may be packed; a Dense is a 1x1 convolution of one pixel. Equal layers are one object.
 
     x: (channels, rows, columns) of the input, y: of the output; padding: (top, bottom, left, right). weight_bits: signed, lowest: whether
     the code -2^(weight_bits - 1) occurs. An activation of in_bits bits is index * step + lo with an unsigned index of act_bits bits; zero:
@@ -58,14 +59,20 @@ class Layer:
         return self.groups == self.x[0] == self.y[0]
 
 
-_RANGES: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
+_layer = cache(Layer)
+_KNOWN: WeakKeyDictionary[Any, tuple[IntType, IntType, Layer]] = WeakKeyDictionary()
 
 
 def layer_of(op: Any, x: IntType, y: IntType) -> Layer:
-    """The layer of a Conv2d or of a Dense."""
-    if op not in _RANGES:
-        _RANGES[op] = int(op.weight.min()), int(op.weight.max())
-    low, high = _RANGES[op]
+    """The layer of a Conv2d or of a Dense, looked at once however often a solver asks."""
+    known = _KNOWN.get(op)
+    if known is None or known[0] is not x or known[1] is not y:
+        known = _KNOWN[op] = x, y, _look(op, x, y)
+    return known[2]
+
+
+def _look(op: Any, x: IntType, y: IntType) -> Layer:
+    low, high = int(op.weight.min()), int(op.weight.max())
     bits = max((-low - 1).bit_length() if low < 0 else 0, high.bit_length() if high > 0 else 0) + 1
     dense = op.weight.ndim == 2
     image, out = ((t.numel, 1, 1) if dense else (t.shape[0], t.shape[1], t.shape[2]) for t in (x, y))
@@ -74,11 +81,11 @@ def layer_of(op: Any, x: IntType, y: IntType) -> Layer:
     padding = (0, 0, 0, 0) if dense else op.padding
     lo, hi, step = x.lo, x.hi, x.step if x.levels > 1 else 1
     if any(padding):  # 0 is among the values
-        lo, hi, step = min(lo, 0), max(hi, 0), int(np.gcd(step, lo))
+        lo, hi, step = min(lo, 0), max(hi, 0), gcd(step, lo)
     step &= -step  # an index is found by a shift
     zero, lowest, act_bits = -lo // step if any(padding) else 0, low == -(2 ** (bits - 1)), max(((hi - lo) // step).bit_length(), 1)
     groups = 1 if dense else op.groups
-    return Layer(image, out, groups, kernel, stride, padding, dilation, bits, lowest, x.bits, lo, step, act_bits, zero, y.bits)
+    return _layer(image, out, groups, kernel, stride, padding, dilation, bits, lowest, x.bits, lo, step, act_bits, zero, y.bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,15 +156,52 @@ class Cut:
         """Iterations of the pixel stage for one block of channels: a segment is read, then each is written while the next is read."""
         return 1 + sum(max(n, 1) for n in self.emitted) * self.layer.y[1]
 
+    @cached_property
+    def input(self) -> IntType:
+        """As far as stages of hardware look at it."""
+        return IntType(self.layer.x, 0, 2**self.layer.in_bits - 1)
+
+    @cached_property
+    def late(self) -> int:
+        """Output rows that are written when all of the image is read."""
+        w = self.window(1, 1)
+        return sum(w.need(r) == self.layer.x[1] for r in range(self.layer.y[1]))
+
     def window(self, lanes: int, groups: int) -> Window:
         """The window stage, or the one that cuts segments: its rows and paces are those of windows of kh x phases taps."""
         la = self.layer
-        x = IntType(la.x, 0, 2**la.in_bits - 1)
         rows, dilation = (la.kernel[0], self.phases), (la.dilation[0], self.apart)
-        return Window(x, lanes, groups, rows, la.stride, la.padding, dilation, (la.y[1], self.segments))
+        return Window(self.input, lanes, groups, rows, la.stride, la.padding, dilation, (la.y[1], self.segments))
 
 
 cut = cache(Cut)
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """A packing of a layer, and what of it does not depend on the lanes.
+
+    depth: products that may be summed before they are unpacked; trick: by the overlap trick. words: of weights per output channel (conv);
+    weights: per word, channels in a "mult". parts: slices per word, of split operands both halves lie side by side. per_slice, per_chain:
+    LUTs, see `Unit.luts`.
+    """
+
+    packing: Packing
+    cut: Cut
+    depth: int
+    trick: bool
+    words: int
+    weights: int
+    parts: int
+    fields: int
+    per_slice: int
+    per_chain: int
+
+
+def _way(p: Packing, c: Cut, depth: int, trick: bool) -> Way:
+    parity = -(-p.acts * p.weights // 3) if trick else 0
+    return Way(p, c, depth, trick, -(-c.taps // p.weights), p.weights, p.weight_parts * p.act_parts, p.fields,
+               (p.weights - 1) * (p.part_bits[0] + 1) + parity, (p.fields - 1) * p.stride)  # fmt: skip
 
 
 @cache
@@ -166,93 +210,65 @@ def _front(c: Cut, lanes: int, groups: int) -> int:
     return c.window(lanes, groups).iterations
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Unit:
     """A layer on slices: pe output channels and simd input channels per cycle, of N columns and (in a "conv") all taps of a row.
 
-    In a depthwise layer pe channels, simd = 1.
-    chain: products summed in the slices' adders before they are unpacked; trick: by the overlap trick.
+    In a depthwise layer pe channels, simd = 1. Everything is counted here, once, for a solver that asks for very many.
+
+    lanes: channels per word of the input. groups: parts of a pixel that are read one after the other, each for output channels of its own.
+    blocks: of output channels; passes: of them per group, times that a word is worked on. steps: cycles per segment and block. words: of
+    weights per cycle and input channel. slices; chains of them that are unpacked together, each of at most `chain`.
+    iterations: of the unit, output rows * segments * blocks * steps; ordered: of the pixel stage; cycles: of the slowest stage.
+    luts: per slice the borrow of each packed weight above the first (its bits + 1 each) and, with the overlap trick, the parity of the
+    products (three ANDs per LUT); per chain the borrow of each field above the first (S bits each); per field an adder of the sum's width,
+    and one per output where a constant is added. Our count of `quantlib.packing.unpack`.
     """
 
     layer: Layer
-    cut: Cut
+    way: Way
     pe: int
     simd: int
-    packing: Packing
-    chain: int
-    trick: bool
+    lanes: int = field(init=False)
+    groups: int = field(init=False)
+    blocks: int = field(init=False)
+    passes: int = field(init=False)
+    steps: int = field(init=False)
+    words: int = field(init=False)
+    slices: int = field(init=False)
+    chain: int = field(init=False)
+    chains: int = field(init=False)
+    iterations: int = field(init=False)
+    ordered: int = field(init=False)
+    luts: int = field(init=False)
+    cycles: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        la, way, c = self.layer, self.way, self.way.cut
+        self.lanes, self.groups = (self.pe, la.x[0] // self.pe) if la.depthwise else (self.simd, la.groups)
+        self.blocks = la.y[0] // self.pe
+        self.passes = self.blocks // self.groups
+        self.steps = la.kernel[0] * c.phases * la.x[0] // self.groups // self.lanes
+        self.words = self.pe * way.words if c.conv else -(-self.pe // way.weights)
+        self.slices, self.chain = self.words * way.parts * self.simd, min(way.depth, self.simd)
+        self.chains = self.words * way.parts * -(-self.simd // way.depth)
+        adders = self.chains * way.fields + (self.pe * c.kept if la.lo else 0)
+        self.luts = self.slices * way.per_slice + self.chains * way.per_chain + adders * la.sum_bits
+        self.iterations = la.y[1] * c.segments * self.blocks * self.steps
+        self.ordered = 0 if c.alone else self.blocks * c.ordered
+        self.cycles = max(self.iterations, self.ordered, _front(c, self.lanes, self.groups) if c.windowed else 0)
 
     @property
-    def lanes(self) -> int:
-        """Channels per word of the input."""
-        return self.pe if self.layer.depthwise else self.simd
+    def packing(self) -> Packing:
+        return self.way.packing
 
     @property
-    def groups(self) -> int:
-        """Parts of a pixel that are read one after the other, each for output channels of its own."""
-        return self.layer.x[0] // self.pe if self.layer.depthwise else self.layer.groups
+    def cut(self) -> Cut:
+        return self.way.cut
 
     @property
-    def blocks(self) -> int:
-        """Of output channels."""
-        return self.layer.y[0] // self.pe
-
-    @property
-    def passes(self) -> int:
-        """Times that a word is worked on: blocks of output channels per group."""
-        return self.blocks // self.groups
-
-    @property
-    def steps(self) -> int:
-        """Cycles per segment and block of output channels."""
-        return self.layer.kernel[0] * self.cut.phases * self.layer.x[0] // self.groups // self.lanes
-
-    @property
-    def words(self) -> int:
-        """Words of weights per cycle and input channel."""
-        k = self.packing.weights
-        return self.pe * -(-self.cut.taps // k) if self.cut.conv else -(-self.pe // k)
-
-    @property
-    def parts(self) -> int:
-        """Slices per word: of split operands both halves lie side by side."""
-        return self.packing.weight_parts * self.packing.act_parts
-
-    @property
-    def slices(self) -> int:
-        return self.words * self.simd * self.parts
-
-    @property
-    def chains(self) -> int:
-        return self.words * self.parts * -(-self.simd // self.chain)
-
-    @property
-    def luts(self) -> int:
-        """Around the slices: per slice the borrow of each packed weight above the first (its bits + 1 each); per chain the borrow of each
-        field above the first (S bits each), with the overlap trick the parity of the products in a field (three ANDs per LUT); per field
-        an adder of the sum's width, and one per output where a constant is added. Our count of `quantlib.packing.unpack`.
-        """
-        p = self.packing
-        luts = self.slices * (p.weights - 1) * (p.part_bits[0] + 1) + self.chains * (p.fields - 1) * p.stride
-        parity = -(-self.slices * p.acts * p.weights // 3) if self.trick else 0
-        adders = self.chains * p.fields + (self.pe * self.cut.kept if self.layer.lo else 0)
-        return luts + parity + adders * self.layer.sum_bits
-
-    @property
-    def iterations(self) -> int:
-        """Of the unit: output rows * segments * blocks * steps."""
-        return self.layer.y[1] * self.cut.segments * self.blocks * self.steps
-
-    @property
-    def ordered(self) -> int:
-        """Iterations of the pixel stage."""
-        return self.blocks * self.cut.ordered
-
-    @property
-    def cycles(self) -> int:
-        """Of the slowest stage."""
-        front = _front(self.cut, self.lanes, self.groups) if self.cut.windowed else 0
-        return max(self.iterations, front, 0 if self.cut.alone else self.ordered)
+    def trick(self) -> bool:
+        return self.way.trick
 
     @property
     def backlog(self) -> int:
@@ -315,10 +331,14 @@ def columns(layer: Layer, dsp: str) -> tuple[int, ...]:
 
 
 @cache
-def _ways(layer: Layer, n: int, dsp: str) -> list[tuple[Packing, Cut, int, bool]]:
-    """Packings of n columns, how many of their products may be summed, and whether by the overlap trick."""
-    found = [(p, cut(layer, n, p.scheme == "conv")) for p in _usable(layer, dsp) if p.acts == n]
-    return [(p, c, depth, trick) for p, c in found for trick in (False, True) if (depth := p.depth(trick))]
+def _ways(layer: Layer, n: int, dsp: str) -> list[Way]:
+    """Packings of n columns, unpacked plainly, or by the overlap trick where that makes chains longer."""
+    found: list[Way] = []
+    for p in (p for p in _usable(layer, dsp) if p.acts == n):
+        c, plain, trick = cut(layer, n, p.scheme == "conv"), p.depth(False), p.depth(True)
+        found += [_way(p, c, plain, False)] if plain else []
+        found += [_way(p, c, trick, True)] if plain < min(trick, layer.x[0] // layer.groups) else []
+    return found
 
 
 @cache
@@ -327,5 +347,5 @@ def unit(layer: Layer, pe: int, simd: int, n: int, dsp: str) -> Unit:
 
     Counted are the cycles of the slowest stage, so that segments which the stages around cannot feed count as what they are.
     """
-    found = (Unit(layer, c, pe, simd, p, min(depth, simd), trick) for p, c, depth, trick in _ways(layer, n, dsp))
+    found = [Unit(layer, way, pe, simd) for way in _ways(layer, n, dsp)]
     return min(found, key=lambda u: u.cycles * (SLICE_LUTS * u.slices + u.luts))
