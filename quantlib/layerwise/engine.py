@@ -23,6 +23,7 @@ STEP_WORDS = 8  # of a step's fields
 SETUP = 300
 # A 512-bit AXI master with its burst buffer. Our estimate.
 PORT = Cost(lut=1_200, ff=2_500, bram18=15)
+SHALLOW = 64  # memories of up to so many words are made of LUTs: one holds 64 bits
 AFFINE_OPS = ("Requant", "AffineJoin")
 MOVE_OPS = ("Select", "Concat", "Thermometer", "Pad")
 
@@ -493,7 +494,7 @@ def facts(steps: Steps) -> Facts:
 def resources(f: Facts, e: Engine) -> dict[str, Cost]:
     """First-order costs by unit, from the leaf formulas of quantlib.cost; ports, crossbars and field extraction are our estimates."""
     wide = LANES * e.value_bits
-    found = {"memory ports": PORT.times(6), "control": loop(1 << 20, 512) + memory(e.addresses, 5 * 32) + memory(e.micros, 3 * 256)}
+    found = {"memory ports": PORT.times(6), "control": loop(1 << 20, 512) + memory(e.addresses, 5 * 32) + memory(e.micros, 3 * 256, "lut")}
     reads, loads, stores = f.formats
     if e.has_xnor:
         planes = 2 if e.has_planes else 1
@@ -511,7 +512,7 @@ def resources(f: Facts, e: Engine) -> dict[str, Cost]:
         lane = multiply(e.lane_bits, e.weight_bits).times(e.inputs)
         lane += adder_tree(e.inputs, e.lane_bits + e.weight_bits) + adder(e.value_bits)
         chosen = Cost(lut=e.inputs * e.lane_bits * (LANES // e.inputs) // 4)
-        kept = memory(e.lane_tile, LANES * e.lane_bits)
+        kept = stored(e.lane_tile, LANES * e.lane_bits)
         found["multiply"] = (
             lane.times(e.outputs) + kept + memory(e.halves * ceil(e.lane_weights * 512 / wide_row), wide_row)
             + extraction(reads, e.lane_bits) + chosen + loop(1 << 20, wide)
@@ -520,8 +521,8 @@ def resources(f: Facts, e: Engine) -> dict[str, Cost]:
         products, largest = ("WINDOW", "MAC") in f.modes, bool({("WINDOW", "MAX"), ("WHOLE", "MAX")} & f.modes)
         lane = adder(e.value_bits) + (compare(e.value_bits) if largest else Cost())
         lane += multiply(e.lane_bits, e.window_bits) if products else Cost()
-        kept = memory(e.window_tile, LANES * e.lane_bits) if e.has_window else Cost()
-        weights = memory(e.window_weights, LANES * e.window_bits) if products else Cost()
+        kept = stored(e.window_tile, LANES * e.lane_bits) if e.has_window else Cost()
+        weights = stored(e.window_weights, LANES * e.window_bits) if products else Cost()
         found["window"] = lane.times(LANES) + kept + weights + extraction(reads, e.lane_bits) + loop(1 << 20, wide)
     if e.has_saturate:
         lane = multiply(e.lane_bits, e.window_bits) + adder(e.value_bits).times(2) + compare(e.value_bits).times(2)
@@ -537,19 +538,23 @@ def resources(f: Facts, e: Engine) -> dict[str, Cost]:
         lane += multiply(e.product_bits, e.product_bits)
     if "PERMUTE" in codes:
         lane += Cost(lut=11 * e.permute_bits)  # a choice of 32 takes 11 LUTs
-    copies = memory(e.table, e.table_bits).times(LANES * e.search)
-    store = memory(e.block, wide).times(e.registers)
+    copies = stored(e.table, e.table_bits).times(LANES * e.search)
+    kept = stored(e.block, wide).times(e.registers)
     operands = Cost(lut=2 * wide * ceil((e.registers - 1) / 3))  # a choice of registers for both operands
     found["finish"] = (
         lane.times(LANES)
         + copies
-        + store
+        + kept
         + operands
         + extraction(loads, e.value_bits)
         + extraction(stores, e.value_bits)
         + loop(1 << 20, wide)
     )
     return found
+
+
+def stored(words: int, bits: int) -> Cost:
+    return memory(words, bits, "lut" if words <= SHALLOW else "bram")
 
 
 def extraction(formats: Sequence[Format], bits: int) -> Cost:

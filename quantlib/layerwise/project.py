@@ -19,7 +19,7 @@ from quantlib.hls import netlist, writer
 from quantlib.hls import project as hls
 from quantlib.ir import Graph
 from quantlib.layerwise import image
-from quantlib.layerwise.engine import UNITS, Counts, Engine
+from quantlib.layerwise.engine import SHALLOW, UNITS, Counts, Engine
 from quantlib.layerwise.formats import WORD, Layout, pack, unpack
 from quantlib.layerwise.planning import LayerwiseError, Plan, estimate
 from quantlib.layerwise.steps import Steps, build
@@ -130,6 +130,15 @@ def numbers(e: Engine) -> str:
     return "\n".join(f"    static const {kind} {name.upper()} = {text};" for name, (kind, text) in kinds.items())
 
 
+def storage(e: Engine) -> str:
+    """Macros that the pragmas of the units name."""
+    places = {"REGISTERS": e.block, "LANE_TILE": e.lane_tile, "WINDOW_TILE": e.window_tile, "TABLE": e.table}
+    words = max(1, e.inputs * e.outputs * e.weight_bits // 512)
+    return "\n".join(
+        [*(f"#define LW_{k} {'lutram' if n <= SHALLOW else 'bram'}" for k, n in places.items()), f"#define LW_ROW_WORDS {words}"]
+    )
+
+
 def _files(p: Project) -> dict[str, str | bytes]:
     plan, graph, memory = p.plan, p.graph, p.memory
     name, words = writer.plain(graph.name), len(p.constants) // WORD
@@ -138,7 +147,7 @@ def _files(p: Project) -> dict[str, str | bytes]:
     layout = f"constants {words} words, maps {memory.arena} words and {memory.slot} for every image behind them; words have 64 bytes"
     depths = {"constants": words, "maps": memory.arena + len(codes) * memory.slot}
     files: dict[str, str | bytes] = {
-        "src/engine.hpp": _template("engine.hpp", network=name, numbers=numbers(plan.engine)),
+        "src/engine.hpp": _template("engine.hpp", network=name, numbers=numbers(plan.engine), storage=storage(plan.engine)),
         "src/engine.cpp": _template("engine.cpp", **depths),
         "src/top.hpp": _template("top.hpp", layout=layout),
         "src/csim.cpp": _text("templates", "csim.cpp"),

@@ -58,6 +58,7 @@ void engine(const Bus* program, const Bus* weights, const Bus* tables, const Bus
     Micro micros[3][E::MICROS];
     uint32_t addresses[5][E::ADDRESSES];
 #pragma HLS ARRAY_PARTITION variable = micros dim = 1 complete
+#pragma HLS BIND_STORAGE variable = micros type = ram_2p impl = lutram
 #pragma HLS ARRAY_PARTITION variable = addresses dim = 1 complete
 images:
     for (unsigned n = 0; n < images; ++n) {

@@ -142,9 +142,11 @@ void finish(const Step& s, const Micro (&micros)[E::MICROS], hls::stream<Vector<
     typename Registers<E>::type value;
 #pragma HLS ARRAY_RESHAPE variable = value dim = 3 complete
 #pragma HLS ARRAY_PARTITION variable = value dim = 1 complete
+    LW_PRAGMA(HLS BIND_STORAGE variable = value type = ram_2p impl = LW_REGISTERS)
     ap_int<E::TABLE_BITS> table[E::SEARCH][E::TABLE][LANES];
 #pragma HLS ARRAY_PARTITION variable = table dim = 1 complete
 #pragma HLS ARRAY_PARTITION variable = table dim = 3 complete
+    LW_PRAGMA(HLS BIND_STORAGE variable = table type = ram_2p impl = LW_TABLE)
     int64_t constant[5][LANES];
 #pragma HLS ARRAY_PARTITION variable = constant dim = 0 complete
     Unpacker<E> unpack;

@@ -2,6 +2,17 @@
 #pragma once
 #include "ql.hpp"
 
+// A pragma that names a macro (UG1399, "Using #define with pragmas"). The macros say where memories lie; engine.hpp defines them.
+#define LW_TEXT(...) _Pragma(#__VA_ARGS__)
+#define LW_PRAGMA(...) LW_TEXT(__VA_ARGS__)
+#ifndef LW_REGISTERS
+#define LW_REGISTERS bram
+#define LW_LANE_TILE bram
+#define LW_WINDOW_TILE bram
+#define LW_TABLE lutram
+#define LW_ROW_WORDS 1
+#endif
+
 namespace lw {
 
 const unsigned LANES = 32;  // channels of a vector

@@ -1,6 +1,7 @@
 // The loop that all units over windows share: tiles of rows in banks, groups of outputs, pixels, and the terms of a pixel.
 //
 // A unit U has ROWS output rows side by side, IN channels of a vector per term, OUT of the 32 outputs per term, HALVES weight memories, and
+//   layout()              where its memories lie
 //   keep(bank, at, ...)   a vector of the tile            take(half, i, word)  a word of weights
 //   clear()               a new pixel                     term(...)            one term of all rows
 //   result(row, group)    the vector of a row, when all its terms are in
@@ -22,6 +23,7 @@ inline int chunks(int channels, int each) { return (channels + each - 1) / each;
 
 template <typename E, typename U>
 void sweep(const Step& s, const uint32_t (&addresses)[E::ADDRESSES], U& unit, hls::stream<Bus>& xs, hls::stream<Bus>& ws, hls::stream<Vector<E>>& ys) {
+    unit.layout();
     const bool channelwise = U::CHANNELWISE;
     const int width = s[WIDTH], together = s[TOGETHER];
     const unsigned beats = beats_of(unsigned(s[BITS]));

@@ -29,6 +29,19 @@ template <typename E> struct Xnor {
     Bus word;
     unsigned slot;
 
+    // Where the memories lie and which of their words are read side by side.
+    void layout() {
+#pragma HLS INLINE
+#pragma HLS ARRAY_PARTITION variable = tile dim = 1 complete
+#pragma HLS ARRAY_RESHAPE variable = sign dim = 3 complete
+#pragma HLS ARRAY_RESHAPE variable = mask dim = 3 complete
+#pragma HLS ARRAY_PARTITION variable = gate dim = 0 complete
+#pragma HLS ARRAY_PARTITION variable = held_gate dim = 0 complete
+#pragma HLS ARRAY_PARTITION variable = high dim = 0 complete
+#pragma HLS ARRAY_PARTITION variable = low dim = 0 complete
+#pragma HLS ARRAY_PARTITION variable = held_high dim = 0 complete
+#pragma HLS ARRAY_PARTITION variable = held_low dim = 0 complete
+    }
     void row() { slot = 0; }
     bool keep(unsigned bank, unsigned at, const Step& s, hls::stream<Bus>& xs) {
 #pragma HLS INLINE
@@ -134,6 +147,15 @@ template <typename E> struct Multiply {
     ap_int<E::VALUE_BITS> sum[LANES], held[LANES];
     Unpacker<E> unpack;
 
+    // Where the memories lie and which of their words are read side by side.
+    void layout() {
+#pragma HLS INLINE
+#pragma HLS ARRAY_RESHAPE variable = tile dim = 3 complete
+        LW_PRAGMA(HLS BIND_STORAGE variable = tile type = ram_2p impl = LW_LANE_TILE)
+        LW_PRAGMA(HLS ARRAY_PARTITION variable = weights dim = 2 cyclic factor = LW_ROW_WORDS)
+#pragma HLS ARRAY_PARTITION variable = sum dim = 0 complete
+#pragma HLS ARRAY_PARTITION variable = held dim = 0 complete
+    }
     void row() { unpack.start(); }
     bool keep(unsigned, unsigned at, const Step& s, hls::stream<Bus>& xs) {
 #pragma HLS INLINE
@@ -208,6 +230,15 @@ template <typename E> struct Window {
     bool any;
     Unpacker<E> unpack;
 
+    // Where the memories lie and which of their words are read side by side.
+    void layout() {
+#pragma HLS INLINE
+#pragma HLS ARRAY_RESHAPE variable = tile dim = 3 complete
+        LW_PRAGMA(HLS BIND_STORAGE variable = tile type = ram_2p impl = LW_WINDOW_TILE)
+#pragma HLS ARRAY_RESHAPE variable = weights dim = 2 complete
+#pragma HLS ARRAY_PARTITION variable = sum dim = 0 complete
+#pragma HLS ARRAY_PARTITION variable = held dim = 0 complete
+    }
     void row() { unpack.start(); }
     bool keep(unsigned, unsigned at, const Step& s, hls::stream<Bus>& xs) {
 #pragma HLS INLINE

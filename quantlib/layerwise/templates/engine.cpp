@@ -12,12 +12,12 @@ struct Nothing {
 
 void layerwise_top(const lw::Bus* program, const lw::Bus* weights, const lw::Bus* tables, const lw::Bus* maps, const lw::Bus* sides, lw::Bus* results,
                 unsigned images) {
-#pragma HLS INTERFACE m_axi port = program offset = slave bundle = gmem0 depth = $constants max_read_burst_length = 16
-#pragma HLS INTERFACE m_axi port = weights offset = slave bundle = gmem1 depth = $constants max_read_burst_length = 64
-#pragma HLS INTERFACE m_axi port = tables offset = slave bundle = gmem2 depth = $constants max_read_burst_length = 64
-#pragma HLS INTERFACE m_axi port = maps offset = slave bundle = gmem3 depth = $maps max_read_burst_length = 64
-#pragma HLS INTERFACE m_axi port = sides offset = slave bundle = gmem4 depth = $maps max_read_burst_length = 64
-#pragma HLS INTERFACE m_axi port = results offset = slave bundle = gmem5 depth = $maps max_write_burst_length = 64
+#pragma HLS INTERFACE m_axi port = program offset = slave bundle = gmem0 depth = $constants max_read_burst_length = 16 num_read_outstanding = 8
+#pragma HLS INTERFACE m_axi port = weights offset = slave bundle = gmem1 depth = $constants max_read_burst_length = 64 num_read_outstanding = 8
+#pragma HLS INTERFACE m_axi port = tables offset = slave bundle = gmem2 depth = $constants max_read_burst_length = 64 num_read_outstanding = 8
+#pragma HLS INTERFACE m_axi port = maps offset = slave bundle = gmem3 depth = $maps max_read_burst_length = 64 num_read_outstanding = 8
+#pragma HLS INTERFACE m_axi port = sides offset = slave bundle = gmem4 depth = $maps max_read_burst_length = 64 num_read_outstanding = 8
+#pragma HLS INTERFACE m_axi port = results offset = slave bundle = gmem5 depth = $maps max_write_burst_length = 64 num_write_outstanding = 8
 #pragma HLS INTERFACE s_axilite port = images
 #pragma HLS INTERFACE s_axilite port = return
     lw::engine<Numbers>(program, weights, tables, maps, sides, results, images, Nothing());
