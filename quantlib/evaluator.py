@@ -6,8 +6,9 @@ last; reduced precision (TF32, bfloat16) is switched off while it runs. Images g
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from quantlib import engine as packed_engine
+from quantlib.carriers import Step, fits_float32, step
 from quantlib.ir import Graph, Node
 
 CHUNK = 8  # images at a time: larger batches lose to fresh memory (measured, docs/architecture.md)
+NUMBERS = 1 << 21  # of a map in a chunk: fewer images at a time where they are large
 _LIMITS = ((torch.float32, 1 << 24), (torch.float64, 1 << 53), (torch.int64, 1 << 62))
 
 
@@ -158,21 +161,64 @@ def execute(graph: Graph, codes: Tensor, keep: Iterable[str]) -> dict[str, Tenso
 def carriers(graph: Graph, codes: Tensor, keep: Iterable[str]) -> dict[str, Tensor]:
     """`execute` in torch, each op in its carrier."""
     wanted = dict.fromkeys(keep)
-    plan = [(node, carrier(graph, node)) for node in graph.nodes[1:]]
-    last = {i: k for k, (node, _) in enumerate(plan) for i in node.inputs}
     pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    largest = max(n.type.numel for n in graph)
     with exact():
-        for part in codes.split(CHUNK):
-            values: dict[str, Tensor] = {graph.input.name: part}
-            for k, (node, dtype) in enumerate(plan):
-                inputs = [values[i].to(dtype) for i in node.inputs]
-                values[node.name] = node.op.evaluate(*inputs)
-                for i in set(node.inputs):
-                    if last[i] == k and i not in wanted:
-                        del values[i]
-            for name in wanted:
-                pieces[name].append(values[name].to(torch.int64))
+        steps = _steps(graph, codes.device)
+        for part in codes.split(max(1, min(CHUNK, NUMBERS // largest))):
+            for name, value in edges_of(graph, part, wanted, steps):
+                pieces[name].append(value.to(torch.int64))
     return {name: torch.cat(p) for name, p in pieces.items()}
+
+
+Steps = list[tuple[Node, torch.dtype, Step]]
+
+
+def definition(graph: Graph) -> Steps:
+    """Every node with its carrier and the op's own `evaluate`."""
+    return [(node, carrier(graph, node), node.op.evaluate) for node in graph.nodes[1:]]
+
+
+def edges_of(graph: Graph, codes: Tensor, wanted: Container[str], steps: Steps) -> Iterator[tuple[str, Tensor]]:
+    """The wanted edges of one batch as they come, each in its carrier; what nothing reads any more is let go. Run inside `exact`."""
+    last = {i: k for k, node in enumerate(graph.nodes[1:]) for i in node.inputs}
+    if codes.dim() == 4 and not codes.is_cuda:
+        codes = codes.contiguous(memory_format=torch.channels_last)
+    values: dict[str, Tensor] = {graph.input.name: codes}
+    if graph.input.name in wanted:
+        yield graph.input.name, codes
+    for k, (node, dtype, compute) in enumerate(steps):
+        inputs = [values[i].to(dtype) for i in node.inputs]
+        values[node.name] = compute(*inputs)
+        del inputs
+        for i in set(node.inputs):
+            if last[i] == k:
+                del values[i]
+        if node.name in wanted:
+            yield node.name, values[node.name]
+        if node.name not in last:
+            del values[node.name]
+
+
+_prepared: weakref.WeakKeyDictionary[Graph, dict[object, Steps]] = weakref.WeakKeyDictionary()
+
+
+def _steps(graph: Graph, device: torch.device) -> Steps:
+    """The faster steps of quantlib.carriers, made once per graph and device; float32 takes a float64 node where it is proven for it."""
+    plain = definition(graph)
+    known, key = _prepared.setdefault(graph, {}), (device, *(dtype for _, dtype, _ in plain))
+    if key not in known:
+        known[key] = []
+        for node, dtype, evaluate in plain:
+            types = graph.types(node)
+            found = evaluate
+            if dtype is torch.float64 and fits_float32(node.op, types):
+                found = step(node.op, types, torch.float32, device)
+            if found == evaluate:
+                known[key].append((node, dtype, step(node.op, types, dtype, device)))
+            else:
+                known[key].append((node, torch.float32, found))
+    return known[key]
 
 
 def run(graph: Graph, x: Any, integers: bool = False) -> Any:
