@@ -249,29 +249,28 @@ class _Levels:
     gradient: Gradient
     relu: bool
 
-    def value(self, x: Tensor, scale: Tensor, places: kernels.Places | None) -> Tensor:
+    def value(self, x: Tensor, scale: Tensor, places: kernels.Places | None) -> tuple[Tensor, Tensor]:
+        """The value, and what `gradients` reads: x itself with a kernel, else u = x / scale."""
         if places is None:
-            return (x.clamp_min(0) if self.relu else x).div(scale).round_().clamp_(self.lo, self.hi).mul_(scale)
+            u = (x.clamp_min(0) if self.relu else x) / scale
+            return u.round().clamp_(self.lo, self.hi).mul_(scale), u
         value = torch.empty_like(x)
         kernels.call("learned_scale", x, scale, value, *places, self.lo, self.hi, dtype=x.dtype)
-        return value
+        return value, x
 
     def gradients(
-        self, grad: Tensor, x: Tensor, scale: Tensor, places: kernels.Places | None, weight: Tensor | None = None, factor: float = 1.0
+        self, grad: Tensor, kept: Tensor, scale: Tensor, places: kernels.Places | None, weight: Tensor | None = None, factor: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """dx, and ds * weight * factor."""
-        inside = _inside(self.lo, self.hi, self.gradient, x)
+        inside = _inside(self.lo, self.hi, self.gradient, kept)
         if places is not None:
-            dx, ds = torch.empty_like(x), torch.empty_like(scale)
-            floor, grad = 0.0 if self.relu else -math.inf, kernels.alike(grad, x)
-            kernels.call(
-                "learned_scale_back", x, scale, grad, weight, dx, ds, *places, factor, self.lo, self.hi, *inside, floor, dtype=x.dtype
-            )
+            dx, ds = torch.empty_like(kept), torch.empty_like(scale)
+            floor, grad = 0.0 if self.relu else -math.inf, kernels.alike(grad, kept)
+            numbers = (*places, factor, self.lo, self.hi, *inside, floor)
+            kernels.call("learned_scale_back", kept, scale, grad, weight, dx, ds, *numbers, dtype=kept.dtype)
             return dx, ds
-        u = (x.clamp_min(0) if self.relu else x) / scale
-        dx = torch.ops.aten.hardtanh_backward(grad, u, *inside)
-        if self.relu:
-            dx = torch.ops.aten.threshold_backward(dx, x, 0)
+        u, (below, above) = kept, inside
+        dx = torch.ops.aten.hardtanh_backward(grad, u, max(below, 0.0) if self.relu else below, above)
         code = u.round().clamp_(self.lo, self.hi)
         if scale.numel() == 1:
             ds = (_dot(grad, code) - _dot(dx, u)).reshape(scale.shape)
@@ -283,9 +282,10 @@ class _Levels:
 class _LearnedScale(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, levels: _Levels) -> Tensor:
-        ctx.save_for_backward(x, scale)
         ctx.levels, ctx.places = levels, _scale_places(x, scale)
-        return levels.value(x, scale, ctx.places)
+        value, kept = levels.value(x, scale, ctx.places)
+        ctx.save_for_backward(kept, scale)
+        return value
 
     @staticmethod
     @once_differentiable
@@ -298,18 +298,19 @@ class _LearnedLog2Scale(Function):
     def forward(ctx: Any, x: Tensor, log2: Tensor, top: Tensor, slope: float, smallest: float, levels: _Levels) -> tuple[Tensor, Tensor]:
         reach = torch.pow(2.0, log2)
         scale = reach.clamp_min(smallest).div_(top)
-        ctx.save_for_backward(x, scale, reach)
-        ctx.set_materialize_grads(False)
         ctx.levels, ctx.slope, ctx.places = levels, slope, _scale_places(x, scale)
-        return levels.value(x, scale, ctx.places), scale
+        value, kept = levels.value(x, scale, ctx.places)
+        ctx.save_for_backward(kept, scale, reach)
+        ctx.set_materialize_grads(False)
+        return value, scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, scale, reach = ctx.saved_tensors
+        kept, scale, reach = ctx.saved_tensors
         dx = slope = None
         if grad is not None:
-            dx, slope = ctx.levels.gradients(grad, x, scale, ctx.places, reach, ctx.slope)
+            dx, slope = ctx.levels.gradients(grad, kept, scale, ctx.places, reach, ctx.slope)
         if grad_scale is not None:
             more = grad_scale * reach * ctx.slope
             slope = more if slope is None else slope + more
