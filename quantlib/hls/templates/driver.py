@@ -164,7 +164,8 @@ class Accelerator:
         for w in NETWORK["weights"]:
             words = np.fromfile(HERE / w["file"], dtype="<u8")
             if len(words) != w["words"]:
-                raise DriverError(f"{HERE / w['file']} holds {len(words)} words of 64 bits, {w['words']} were exported; copy params/ to the board")
+                said = f"{HERE / w['file']} holds {len(words)} words of 64 bits, {w['words']} were exported"
+                raise DriverError(f"{said}; copy params/ to the board")
             region = allocate((len(words),), dtype=np.uint64)
             region[:] = words
             region.flush()
