@@ -255,6 +255,24 @@ def test_published_folding_of_ultranet_takes_the_published_cycles() -> None:
         assert (packed.unit_of(op, x, y, folding).iterations, cost.cycles, cost.dsp) == (published, cycles, pe * simd)
 
 
+def test_examples_of_the_page(root: Path) -> None:
+    """Cycles and slices of the table in docs/packing.md, by hand: pixels * O/pe * words per pixel, words side by side * simd."""
+    page = (root / "docs" / "packing.md").read_text()
+    examples = [  # weight bits, activation bits, outputs, kernel, rows, columns, N: packing, cycles, slices
+        (4, 4, 64, 3, 20, 40, 2, "conv 2 x 3", 20 * 40 // 2 * 8 * 3 * 8, 8 * 8),
+        (2, 2, 64, 3, 20, 40, 4, "conv 4 x 3", 20 * 40 // 4 * 8 * 3 * 8, 8 * 8),
+        (8, 8, 128, 1, 14, 14, 1, "mult 1 x 2", 14 * 14 * 16 * 8, 8 // 2 * 8),
+        (4, 4, 128, 1, 14, 14, 2, "mult 2 x 2", 14 * 14 // 2 * 16 * 8, 8 // 2 * 8),
+    ]
+    for w, a, outputs, kernel, rows, columns, n, packing, cycles, slices in examples:
+        op = Conv2d(weights(np.random.default_rng(0), w, outputs, 64, kernel, kernel), padding=(kernel // 2,) * 4)  # type: ignore[arg-type]
+        x = IntType((64, rows, columns), 0, 2**a - 1)
+        y, folding = op.infer(x), Folding(8, 8, taps=n, packing="dsp48e2")
+        cost, p = op.cost((x,), y, folding), packed.unit_of(op, x, y, folding).packing
+        assert (f"{p.scheme} {p.acts} x {p.weights}", cost.cycles, cost.dsp) == (packing, cycles, slices)
+        assert f"{packing} | {cycles:,} | {slices} |" in page
+
+
 def test_bits_that_are_too_wide_are_refused_with_a_reason() -> None:
     op, x = Conv2d(weights(np.random.default_rng(0), 12, 4, 4, 3, 3)), IntType((4, 5, 5), 0, 4095)
     y = op.infer(x)
