@@ -118,10 +118,15 @@ def adder_tree(lanes: int, bits: int) -> Cost:
 
 def dot(lanes: int, x: IntType, weight: Words, sum_bits: int) -> Cost:
     """`lanes` products and their sum into an accumulator of `sum_bits` bits."""
-    if x.levels == 2 and x.lo == -x.hi and weight.bipolar:
+    return _dot(lanes, 0 if x.levels == 2 and x.lo == -x.hi and weight.bipolar else x.bits, weight.bits, sum_bits)
+
+
+@cache
+def _dot(lanes: int, bits: int, weight_bits: int, sum_bits: int) -> Cost:
+    """bits: of an input, 0 where inputs and weights are +-1."""
+    if not bits:
         return xnor_popcount(lanes) + adder(sum_bits)
-    bits = 1 if weight.bipolar else weight.bits
-    return multiply(x.bits, bits).times(lanes) + adder_tree(lanes, min(sum_bits, x.bits + bits)) + adder(sum_bits)
+    return multiply(bits, weight_bits).times(lanes) + adder_tree(lanes, min(sum_bits, bits + weight_bits)) + adder(sum_bits)
 
 
 @dataclass(frozen=True)
@@ -174,9 +179,15 @@ def table(entries: int, bits: int, pe: int) -> Cost:
 
 
 @cache
-def _rows(height: int, out: int, kernel: int, stride: int, before: int, dilation: int) -> tuple[int, ...]:
+def rows_needed(height: int, out: int, kernel: int, stride: int, before: int, dilation: int) -> tuple[int, ...]:
     """need[r], the input rows that output rows 0..r read, with the image's height behind the last one."""
     return (*(min(max(r * stride - before + (kernel - 1) * dilation + 1, 0), height) for r in range(out)), height)
+
+
+@cache
+def iterations(need: tuple[int, ...], line: int, fetched: int) -> int:
+    """Of a window stage: fill, then per output row the larger of the words fetched and the words of the rows read meanwhile."""
+    return need[0] * line + sum(max(fetched, (b - a) * line) for a, b in zip(need[:-1], need[1:]))
 
 
 Geometry = tuple[
@@ -203,12 +214,19 @@ def window(x: IntType, y: IntType, window: Geometry, lanes: int, taps: int = 1, 
     """
     if side_by_side(window):
         return Cost()
+    kernel, stride, padding, dilation = (tuple(v) for v in window)
+    return _window((x.shape, x.bits), y.shape[1:], (kernel, stride, padding, dilation), lanes, taps, burst, passes)
+
+
+@cache
+def _window(x: tuple[tuple[int, ...], int], y: tuple[int, ...], window: Geometry, lanes: int, taps: int, burst: int, passes: int) -> Cost:
+    """`window`, kept by the numbers it depends on: a solver asks for every memory of the weights, and networks repeat their layers."""
     kernel, stride, padding, dilation = window
-    channels, height, width = x.shape
-    _, rows, cols = y.shape
-    need = _rows(height, rows, kernel[0], stride[0], padding[0], dilation[0])
+    (channels, height, width), word = x
+    rows, cols = y
+    need = rows_needed(height, rows, kernel[0], stride[0], padding[0], dilation[0])
     live = min((kernel[0] - 1) * dilation[0] + 1 + stride[0], height)
-    pixel, line, bits = channels // lanes, width * channels // lanes, lanes * x.bits
+    pixel, line, bits = channels // lanes, width * channels // lanes, lanes * word
     fetched = cols * kernel[0] * kernel[1] * pixel // taps
     if taps == 1:
         store = memory(live * line, bits)
@@ -219,7 +237,7 @@ def window(x: IntType, y: IntType, window: Geometry, lanes: int, taps: int = 1, 
         fetched = ((cols - 1) * min(stride[1], span) + span) * pixel
         column = kernel[0] * bits
         store += (memory(pixel, column, "lut") if pixel > 1 else Cost(ff=column)).times(span - 1)
-    cycles = need[0] * line + sum(max(fetched, (b - a) * line) for a, b in zip(need[:-1], need[1:]))
+    cycles = iterations(need, line, fetched)
     silent = need[0] * line
     if taps == kernel[0] * kernel[1]:
         silent += (kernel[1] - 1) * dilation[1] * pixel
@@ -249,8 +267,11 @@ def same_order(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def reorder(x: IntType, y: IntType, lanes: int, pe: int) -> Cost:
-    """A buffered permutation: the map is read whole, `lanes` channels per word, then written pe at a time through a table of addresses."""
-    stored = memory(x.numel, x.bits) + memory(y.numel // pe, pe * (x.numel - 1).bit_length())
+    """A buffered permutation: the map is read whole, `lanes` channels per word, then written pe at a time through a table of addresses.
+
+    Every lane written reads somewhere else, so each has a copy of the map.
+    """
+    stored = memory(x.numel // lanes, lanes * x.bits).times(pe) + memory(y.numel // pe, pe * (x.numel - 1).bit_length())
     cycles = x.numel // lanes + y.numel // pe
     return loop(cycles, pe * y.bits, 1.0, y.numel // pe / cycles) + stored
 
@@ -272,9 +293,11 @@ def converter(bits: int) -> Cost:
     return Cost(lut=bits // 2 + 16, ff=2 * bits)
 
 
-_BRAM_SHAPES = ((16_384, 1), (8_192, 2), (4_096, 4), (2_048, 9), (1_024, 18), (512, 36))  # 18-kbit block: UG573 and UG473, port widths
+# 18-kbit block: port widths of UG573 and UG473
+_BRAM_SHAPES = ((16_384, 1), (8_192, 2), (4_096, 4), (2_048, 9), (1_024, 18), (512, 36))
 
 
+@cache
 def memory(words: int, bits: int, style: str = "auto") -> Cost:
     """One memory of `words` words of `bits` bits with one read per cycle, in LUTs, block RAM or UltraRAM.
 
@@ -294,6 +317,7 @@ def memory(words: int, bits: int, style: str = "auto") -> Cost:
     raise ValueError(f"memory style {style!r}: choose auto, lut, bram or uram")
 
 
+@cache
 def fifo(depth: int, bits: int) -> Cost:
     """A FIFO: shift-register LUTs of 32 words up to depth 64 (UG574, SRL32), else a memory with two counters."""
     control = Cost(lut=2 * ceil(log2(depth + 1)) + 6, ff=2 * ceil(log2(depth + 1)) + bits)

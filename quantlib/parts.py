@@ -16,7 +16,9 @@ USABLE = {"lut": 0.70, "ff": 0.70, "dsp": 0.90, "bram18": 0.90, "uram": 0.90}
 class Part:
     """One device: 6-input LUTs, flip-flops, DSP slices, 18 kbit block RAMs, 288 kbit UltraRAMs, and a clock in MHz.
 
-    Source: AMD (Xilinx) product tables DS190 (Zynq-7000), DS891 (Zynq UltraScale+), DS889 (RFSoC), DS987 (Kria), DS962 to DS965 (Alveo).
+    Source: AMD (Xilinx) product tables DS190 (Zynq-7000), DS891 (Zynq UltraScale+), DS889 (RFSoC), DS987 (Kria), DS962 to DS965 (Alveo),
+    DS950 (Versal). Looked up again elsewhere: the DSP slices of xcvc1902 (AM004, device resources), LUTs, block RAMs and DSP slices of
+    xc7z010 and xc7z020 (a reader's list); the other figures were typed from the tables and not compared with a tool.
     A block RAM of 36 kbit counts as two of 18. The vendor tool is given `full_name`; the clock is our default, not the vendor's limit.
     """
 
@@ -34,6 +36,11 @@ class Part:
     def slice(self) -> str:
         """The DSP slice of the device's family, a name of `quantlib.packing.DSPS`."""
         return "dsp48e1" if self.name.startswith("xc7") else "dsp58" if self.name.startswith("xcv") else "dsp48e2"
+
+    @property
+    def uram_rom(self) -> bool:
+        """Whether UltraRAM can hold constants: that of UltraScale+ starts as zeros (UG573), that of Versal can be initialised (AM007)."""
+        return self.slice == "dsp58"
 
     def budget(self) -> dict[str, int]:
         """What a design may use: the device times USABLE, rounded down."""
@@ -60,6 +67,7 @@ PARTS: tuple[Part, ...] = (
     Part("xczu15eg", "xczu15eg-ffvb1156-2-e", (), 341_280, 682_560, 3_528, 1_488, 112, 250.0),
     Part("xczu28dr", "xczu28dr-ffvg1517-2-e", ("ZCU111", "RFSoC 2x2"), 425_280, 850_560, 4_272, 2_160, 80, 250.0),
     Part("xcu50", "xcu50-fsvh2104-2-e", ("Alveo U50",), 871_680, 1_743_360, 5_952, 2_688, 640, 250.0),
+    Part("xcvc1902", "xcvc1902-vsva2197-2MP-e-S", ("VCK190",), 899_840, 1_799_680, 1_968, 1_934, 463, 250.0),
     Part("xcu200", "xcu200-fsgd2104-2-e", ("Alveo U200",), 1_182_240, 2_364_480, 6_840, 4_320, 960, 250.0),
     Part("xcu280", "xcu280-fsvh2892-2L-e", ("Alveo U280",), 1_303_680, 2_607_360, 9_024, 4_032, 960, 250.0),
     Part("xcu250", "xcu250-figd2104-2L-e", ("Alveo U250",), 1_728_000, 3_456_000, 12_288, 5_376, 1_280, 250.0),
@@ -86,7 +94,7 @@ def part(name: str | Part) -> Part:
     if wanted in table:
         return table[wanted]
     for p in PARTS:
-        if re.fullmatch(p.name + r"-?[a-z]{3,4}\d{3,4}-\d[a-z]*(-[a-z])?", name.strip().lower()):
+        if re.fullmatch(p.name + r"-?[a-z]{3,4}\d{3,4}-\d[a-z]*(-[a-z])*", name.strip().lower()):
             return replace(p, full_name=name.strip())
     near = difflib.get_close_matches(wanted, table, n=3, cutoff=0.5)
     offer = ", ".join(dict.fromkeys(table[n].name for n in near)) or ", ".join(names())

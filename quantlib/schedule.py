@@ -6,7 +6,7 @@ The graph says what is computed, the schedule how fast; neither knows the other'
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -123,7 +123,7 @@ class Plan:
     fps = clock / cycles. latency: cycles from the first input word to the last output word of one image.
     missing: resource -> how much of it is lacking ("fps": frames per second, when no legal folding reaches the target); empty when it fits.
     smallest: the smallest listed part that holds the network at the target (at any speed where none was set; with the given schedule, where
-    there was one), None when none does.
+    there was one), None when none does. explanation: why the slowest node is not faster.
     """
 
     network: str
@@ -138,6 +138,7 @@ class Plan:
     target_fps: float | None
     missing: Mapping[str, float]
     smallest: str | None
+    explanation: str = ""
 
     @property
     def fits(self) -> bool:
@@ -165,31 +166,37 @@ class Plan:
             "frames_per_second": self.fps,
             "latency_cycles": self.latency,
             "bottleneck": self.bottleneck,
+            "explanation": self.explanation,
             "total": {r: getattr(self.total, r) for r in RESOURCES},
             "budget": self.part.budget(),
             "rows": [{**asdict(r), "cost": r.cost.to_dict()} for r in self.rows],
         }
 
     def __str__(self) -> str:
-        head = ("node", "op", "pe", "simd", "memory", "fifo", "cycles", *RESOURCES)
+        packs = any(r.folding.packing for r in self.rows)
+        head = ("node", "op", "pe", "simd", "taps", *(("packing",) if packs else ()), "memory", "fifo", "cycles", *RESOURCES)
         table: list[tuple[str, ...]] = [head]
         for r in self.rows:
-            counts = (str(getattr(r.cost, k)) for k in RESOURCES)
-            depths = "+".join(map(str, r.depths))
-            table.append((r.name, r.op, str(r.folding.pe), str(r.folding.simd), r.folding.memory, depths, str(r.cost.cycles), *counts))
-        table.append(("total", "", "", "", "", "", str(self.cycles), *(str(getattr(self.total, k)) for k in RESOURCES)))
+            f, depths = r.folding, "+".join(map(str, r.depths))
+            lanes = (str(f.pe), str(f.simd), str(f.taps), *((f.packing or "-",) if packs else ()), f.memory)
+            table.append((r.name, r.op, *lanes, depths, str(r.cost.cycles), *(str(getattr(r.cost, k)) for k in RESOURCES)))
+        empty = ("",) * (len(head) - len(RESOURCES) - 2)
+        table.append(("total", *empty, str(self.cycles), *(str(getattr(self.total, k)) for k in RESOURCES)))
         budget = self.part.budget()
-        table.append(("may be used", "", "", "", "", "", "", *(str(budget[k]) for k in RESOURCES)))
+        table.append(("may be used", *empty, "", *(str(budget[k]) for k in RESOURCES)))
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in table]
         rule = "-" * max(map(len, lines))
         speed = f"{self.cycles:,} cycles per image (slowest: {self.bottleneck}), {self.fps:,.1f} frames/s, latency {self.latency:,} cycles"
         verdict = "fits"
         if not self.fits:
-            lacking = ", ".join(f"{v:,.0f} {k}" for k, v in self.missing.items())
-            verdict = f"does not fit, missing {lacking}; smallest listed part that would do: {self.smallest or 'none'}"
+            verdict = f"does not fit, missing {_amounts(self.missing)}; smallest listed part that would do: {self.smallest or 'none'}"
         body = [lines[0], rule, *lines[1:-2], rule, *lines[-2:]]
-        return "\n".join([f"{self.network} on {self.part} at {self.clock_mhz:g} MHz: {verdict}", speed, "", *body])
+        return "\n".join([f"{self.network} on {self.part} at {self.clock_mhz:g} MHz: {verdict}", speed, self.explanation, "", *body])
+
+
+def _amounts(missing: Mapping[str, float]) -> str:
+    return ", ".join(f"{v:,.0f} {k}" for k, v in missing.items())
 
 
 def estimate(
@@ -217,24 +224,31 @@ def estimate(
         raise ValueError(f"clock_mhz = {clock} and fps = {fps} must be positive")
     if schedule is not None:
         schedule.check(graph)
+        _suits(device, {name: stage.folding for name, stage in schedule.items()})
         plan = _plan(graph, device, clock, fps, schedule, None)
         holds = [p.name for p in PARTS if all(getattr(plan.total, r) <= p.budget()[r] for r in RESOURCES)]
-        return plan if plan.fits or "fps" in plan.missing or not holds else _plan(graph, device, clock, fps, schedule, holds[0])
+        return plan if plan.fits or "fps" in plan.missing or not holds else replace(plan, smallest=holds[0])
     for name in fixed or {}:
         if name not in graph.by_name:
             raise KeyError(f"the graph {graph.name} has no node {name}")
-    options = [_options(graph, n, (fixed or {}).get(n.name)) for n in graph]
+    _suits(device, fixed or {})
+    options = _all_options(graph, device, fixed)
     target = None if fps is None else _cycles_at(clock, fps)
     chosen = _solve(graph, options, device, target)
-    plan = _plan(graph, device, clock, fps, chosen, None)
+    plan = _plan(graph, device, clock, fps, chosen, options)
     if plan.fits:
         return plan
+    of_family = {_family(device): options}
     for other in PARTS:
-        if all(other.budget()[r] <= device.budget()[r] for r in RESOURCES):
+        if all(other.budget()[r] <= device.budget()[r] for r in RESOURCES) or not all(
+            _fault(other, f) == "" for f in (fixed or {}).values()
+        ):
             continue
-        trial = _solve(graph, options, other, target, any_speed=fps is None)
+        if _family(other) not in of_family:
+            of_family[_family(other)] = _all_options(graph, other, fixed)
+        trial = _solve(graph, of_family[_family(other)], other, target, any_speed=fps is None)
         if not _missing(sum(_costs(graph, trial), Cost()), other, clock, fps):
-            return _plan(graph, device, clock, fps, chosen, other.name)
+            return replace(plan, smallest=other.name)
     return plan
 
 
@@ -253,6 +267,28 @@ def check_folding(node: Node, x: Sequence[IntType], folding: Folding) -> None:
         raise ValueError(f"{node.name} ({type(node.op).__name__}): {fault}")
 
 
+def _fault(device: Part, folding: Folding) -> str:
+    """Why the device has no such hardware; empty where it has."""
+    if folding.memory == "uram" and not device.uram_rom:
+        return f"UltraRAM of {device.name} holds no constants: only that of Versal can be initialised; choose lut or bram"
+    wanted, has = DSPS[folding.packing or device.slice], DSPS[device.slice]
+    if wanted.wide > has.wide or wanted.narrow > has.narrow or wanted.accumulator > has.accumulator:
+        return f"packing {wanted.name} is too wide for the {has.name} slices of {device.name}; choose {has.name}"
+    return ""
+
+
+def _suits(device: Part, foldings: Mapping[str, Folding]) -> None:
+    for name, folding in foldings.items():
+        fault = _fault(device, folding)
+        if fault:
+            raise ValueError(f"{name}: {fault}")
+
+
+def _family(device: Part) -> tuple[str, bool]:
+    """What of a device decides which foldings there are."""
+    return device.slice, device.uram_rom
+
+
 @dataclass(frozen=True, eq=False)
 class _Options:
     """The foldings of one node that no other of it beats in every resource and in cycles."""
@@ -262,28 +298,33 @@ class _Options:
     usage: np.ndarray  # (options, resources)
 
 
-def _options(graph: Graph, node: Node, fixed: Folding | None = None) -> _Options:
+def _all_options(graph: Graph, device: Part, fixed: Mapping[str, Folding] | None = None) -> list[_Options]:
+    return [_options(graph, n, device, (fixed or {}).get(n.name)) for n in graph]
+
+
+def _options(graph: Graph, node: Node, device: Part, fixed: Folding | None = None) -> _Options:
     x = graph.types(node)
+    if fixed is not None:
+        check_folding(node, x, fixed)
     found: list[tuple[Folding, Cost]] = []
-    for styled in _foldings(node, x) if fixed is None else [[fixed]]:
-        check_folding(node, x, styled[0])
-        reads = _reads(node, x, styled[0])
-        own = [(f, node.op.cost(x, node.type, f)) for f in styled]
-        around = _streams(graph, node, reads, [BASE_DEPTH + _waiting(p, own[0][1].pause) for p in reads])
-        found += [(f, cost + around) for f, cost in own]
+    for f in _foldings(node, x, device) if fixed is None else (fixed,):
+        ports, own = _reads(node, x, f), node.op.cost(x, node.type, f)
+        found.append((f, own + _streams(graph, node, ports, [BASE_DEPTH + _waiting(p, own.pause) for p in ports])))
     cycles = np.array([c.cycles for _, c in found])
     usage = np.stack([_usage(c) for _, c in found])
     keep = _undominated(np.column_stack([cycles, usage]))
     return _Options([found[i][0] for i in keep], cycles[keep], usage[keep])
 
 
-def _foldings(node: Node, x: Sequence[IntType]) -> Iterator[list[Folding]]:
-    """Every folding whose words are not too wide, in all memory styles."""
-    styles = ("lut", "bram", "uram") if hasattr(node.op, "weight") else ("auto",)
-    for pe, simd, taps in node.op.folds(x, node.type):
-        widest = max(pe * node.type.bits, simd * taps * max((t.bits for t in x), default=0))
-        if widest <= WORD_BITS or (pe, simd, taps) == (1, 1, 1):
-            yield [Folding(pe, simd, style, taps) for style in styles]
+def _foldings(node: Node, x: Sequence[IntType], device: Part) -> Iterator[Folding]:
+    """Every folding whose words are not too wide, in all memories that hold the weights, with the packing of the device and without."""
+    styles = (("lut", "bram", "uram") if device.uram_rom else ("lut", "bram")) if hasattr(node.op, "weight") else ("auto",)
+    limits = node.op.folds(x, node.type)
+    for packing, legal in (("", limits), (device.slice, limits.packed.get(device.slice, ()))):
+        for pe, simd, taps in legal:
+            folding = Folding(pe, simd, styles[0], taps, packing)
+            if node.op.widest(x, node.type, folding) <= WORD_BITS or (pe, simd, taps, packing) == (1, 1, 1, ""):
+                yield from (Folding(pe, simd, style, taps, packing) for style in styles)
 
 
 def _undominated(points: np.ndarray) -> list[int]:
@@ -412,7 +453,7 @@ BASE_DEPTH = 32
 
 def _reads(node: Node, x: Sequence[IntType], folding: Folding) -> tuple[Port, ...]:
     """The words in which a node reads its inputs."""
-    return node.op.hls(x, node.type, folding).kernels[0].inputs if node.inputs else ()
+    return node.op.reads(x, node.type, folding) if node.inputs else ()
 
 
 def _waiting(read: Port, share: float) -> int:
@@ -463,7 +504,7 @@ def _costs(graph: Graph, schedule: Schedule) -> Iterator[Cost]:
         yield node.op.cost(x, node.type, stage.folding) + around
 
 
-def _plan(graph: Graph, device: Part, clock: float, fps: float | None, schedule: Schedule, smallest: str | None) -> Plan:
+def _plan(graph: Graph, device: Part, clock: float, fps: float | None, schedule: Schedule, options: list[_Options] | None) -> Plan:
     from quantlib.hls.latency import first_image
     from quantlib.hls.netlist import build
 
@@ -474,8 +515,9 @@ def _plan(graph: Graph, device: Part, clock: float, fps: float | None, schedule:
     missing = _missing(total, device, clock, fps)
     stages = schedule.items()
     latency = first_image(build(graph, {name: s.folding for name, s in stages}, {name: s.depths for name, s in stages}))
+    why = _explain(graph, device, rows, fps, clock, options)
     return Plan(graph.name, device, clock, schedule, rows, total, total.cycles, latency, slowest.name, fps, missing,
-                smallest or (device.name if not missing else None))  # fmt: skip
+                None if missing else device.name, why)  # fmt: skip
 
 
 def _missing(total: Cost, device: Part, clock: float, fps: float | None) -> dict[str, float]:
@@ -485,3 +527,63 @@ def _missing(total: Cost, device: Part, clock: float, fps: float | None) -> dict
     if fps is not None and total.cycles > _cycles_at(clock, fps):
         missing["fps"] = fps - clock * 1e6 / total.cycles
     return missing
+
+
+# Why it is not faster.
+
+
+def _explain(graph: Graph, device: Part, rows: Sequence[Row], fps: float | None, clock: float, options: list[_Options] | None) -> str:
+    """A sentence on the slowest nodes. options: those the solver chose from; None for a schedule that was given."""
+    total = sum((r.cost for r in rows), Cost())
+    cycles, budget = total.cycles, _usage(Cost(**device.budget()))
+    slowest = [(i, n) for i, (n, r) in enumerate(zip(graph, rows)) if r.cost.cycles == cycles]
+    for _, node in slowest:
+        if not node.inputs or (node.name in graph.outputs and bus_cycles(node.type) == cycles):
+            return f"{node.name}: the 64-bit bus takes {cycles:,} cycles for its integers"
+    if options is not None and fps is not None and cycles <= _cycles_at(clock, fps):
+        return f"{_laid_out(graph, slowest[0][1], rows[slowest[0][0]].folding)}: fast enough for {fps:,g} frames/s"
+    steps = []
+    for i, node in slowest:
+        mine = _options(graph, node, device) if options is None else options[i]
+        faster = np.flatnonzero(mine.cycles < cycles)
+        if not len(faster):
+            chosen = options is not None and len(mine.foldings) == 1 and node.inputs
+            return f"{_laid_out(graph, node, rows[i].folding)}: {'no other folding was allowed' if chosen else 'no faster folding exists'}"
+        lack = np.maximum(_usage(total) - _usage(rows[i].cost) + mine.usage[faster] - budget, 0)
+        best = int(np.lexsort((mine.usage[faster].sum(1), (lack / np.maximum(budget, 1)).sum(1)))[0])
+        steps.append((node, rows[i].folding, mine.foldings[faster[best]], int(mine.cycles[faster[best]]), lack[best]))
+    node, now, better, fewer, lack = max(steps, key=lambda s: float((s[4] / np.maximum(budget, 1)).sum()))
+    text = f"{_laid_out(graph, node, now)}: the next faster folding ({_lanes(better)}; {fewer:,} cycles)"
+    if lack.any():
+        return f"{text} takes {_lacking(lack)} more than are left"
+    if options is None:
+        return f"{text} would fit"
+    _, picked = _fit(options, budget, cycles - 1)
+    lack = np.maximum(sum((o.usage[i] for o, i in zip(options, picked)), np.zeros(len(RESOURCES))) - budget, 0)
+    others = f"with {len(slowest) - 1} others as slow, " if len(slowest) > 1 else ""
+    what = f"takes {_lacking(lack)} more than there are" if lack.any() else "leaves no room for the FIFOs between branches"
+    return f"{text} would fit, but {others}fewer than {cycles:,} cycles for the network {what}"
+
+
+def _lanes(folding: Folding) -> str:
+    packed = f", packed in {folding.packing}" if folding.packing else ""
+    return f"pe {folding.pe}, simd {folding.simd}, taps {folding.taps}{packed}"
+
+
+def _laid_out(graph: Graph, node: Node, folding: Folding) -> str:
+    """A folding against its limits; where words would be too wide, that too."""
+    x = graph.types(node)
+    limits = node.op.folds(x, node.type)
+    limits = limits.packed[folding.packing] if folding.packing else limits
+    f, most = folding, limits.taps[-1]
+    packed = f", packed in {f.packing}" if f.packing else ""
+    text = f"{node.name}: pe {f.pe} of {limits.pe}, simd {f.simd} of {limits.simd}, taps {f.taps} of {most}{packed}"
+    return text + (
+        f" (words of at most {WORD_BITS:,} bits)"
+        if node.op.widest(x, node.type, replace(f, pe=limits.pe, simd=limits.simd, taps=most)) > WORD_BITS
+        else ""
+    )
+
+
+def _lacking(lack: np.ndarray) -> str:
+    return _amounts({r: float(v) for r, v in zip(RESOURCES, lack) if v > 0})

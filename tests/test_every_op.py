@@ -181,6 +181,15 @@ def test_token_counts_of_kernels(name: str, i: int) -> None:
                 assert need[-1] <= x.words
 
 
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_words_that_are_read(name: str, i: int) -> None:
+    """What the solver is told without a call is what the first kernel of the call reads."""
+    op, types = case(name, i)
+    y = op.infer(*types)
+    for f in _kernels.foldings(op, types):
+        assert op.reads(types, y, f) == op.hls(types, y, f).kernels[0].inputs
+
+
 @pytest.mark.parametrize("name", COMPUTED)
 def test_illegal_folding_is_a_graph_error(name: str) -> None:
     from quantlib.schedule import Folding

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quantlib.cost import iterations, rows_needed
 from quantlib.hls.call import Kernel, Port, ctype, port
 from quantlib.ir import IntType
 
@@ -77,13 +78,17 @@ class Window:
             return self.out[1] * self.words
         return ((self.out[1] - 1) * self.step + self.span) * self.groups * self.parts
 
+    @property
+    def needs(self) -> tuple[int, ...]:
+        return rows_needed(self.x.shape[1], self.out[0], self.kernel[0], self.stride[0], self.padding[0], self.dilation[0])
+
     def need(self, r: int) -> int:
         """Input rows output row r needs, counted from the top."""
-        return min(max(r * self.stride[0] - self.padding[0] + (self.kernel[0] - 1) * self.dilation[0] + 1, 0), self.x.shape[1])
+        return self.needs[r]
 
     def reads(self, r: int) -> int:
         """Words read while output row r is written: what row r + 1 needs, and behind the last row what is left."""
-        return ((self.need(r + 1) if r + 1 < self.out[0] else self.x.shape[1]) - self.need(r)) * self.row_words
+        return (self.needs[r + 1] - self.needs[r]) * self.row_words
 
     @property
     def fill(self) -> int:
@@ -96,7 +101,7 @@ class Window:
 
     @property
     def iterations(self) -> int:
-        return self.fill + sum(max(self.fetches, self.reads(r)) for r in range(self.out[0]))
+        return iterations(self.needs, self.row_words, self.fetches)
 
     @property
     def rows(self) -> int:

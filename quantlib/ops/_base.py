@@ -19,7 +19,7 @@ from quantlib.hls.call import Folds
 from quantlib.ir import GraphError, IntType
 
 if TYPE_CHECKING:
-    from quantlib.hls.call import Call
+    from quantlib.hls.call import Call, Port
     from quantlib.schedule import Cost, Folding
 
 Example = tuple["Op", tuple[IntType, ...]]
@@ -88,6 +88,14 @@ class Op:
         fault = self.folds(x, y).objection(folding)
         expect(not fault, self, fault)
         return folding
+
+    def reads(self, x: Sequence[IntType], y: IntType, folding: Folding) -> tuple[Port, ...]:
+        """The words in which the first kernel reads its inputs; an op of many foldings answers without building the call."""
+        return self.hls(x, y, folding).kernels[0].inputs
+
+    def widest(self, x: Sequence[IntType], y: IntType, folding: Folding) -> int:
+        """Bits of the widest word that any of its streams carries."""
+        return max(folding.pe * y.bits, folding.simd * folding.taps * max((t.bits for t in x), default=0))
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         raise NotImplementedError

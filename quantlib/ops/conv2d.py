@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, Geometry, mac, memory, side_by_side, window, words
-from quantlib.hls.call import Call, Folds, Kernel, Table, carrier, port
+from quantlib.hls.call import Call, Folds, Kernel, Port, Table, carrier, port
 from quantlib.hls.matvec import fold_weight, in_words, matvec
-from quantlib.hls.packed import packed_cost, packed_folds, packed_hls
+from quantlib.hls.packed import packed_cost, packed_folds, packed_hls, packed_widest
 from quantlib.hls.window import Window, taps_of
 from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect
@@ -85,6 +85,13 @@ class Conv2d(Op):
         o, per_group, *kernel = self.weight.shape
         packed, unpacked = packed_folds(self, x[0], y)
         return Folds(o if self.depthwise else o // self.groups, per_group, taps_of(kernel), packed, unpacked, not self.depthwise)
+
+    def reads(self, x: Sequence[IntType], y: IntType, folding: Folding) -> tuple[Port, ...]:
+        return (port(x[0], folding.pe if self.depthwise else folding.simd),)
+
+    def widest(self, x: Sequence[IntType], y: IntType, folding: Folding) -> int:
+        between = packed_widest(self, x[0], y, folding) if folding.packing else 0
+        return max(super().widest(x, y, folding), between)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """Window, then taps positions of simd inputs for each of pe outputs per cycle: OH*OW * (O/pe) * (kh*kw*(I/groups)/(taps*simd))

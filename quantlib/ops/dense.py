@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from quantlib.cost import Cost, mac, memory, words
-from quantlib.hls.call import Call, Folds, Table, carrier, port, stream_order
+from quantlib.hls.call import Call, Folds, Port, Table, carrier, port, stream_order
 from quantlib.hls.matvec import matvec
-from quantlib.hls.packed import packed_cost, packed_folds, packed_hls
+from quantlib.hls.packed import packed_cost, packed_folds, packed_hls, packed_widest
 from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect
 from quantlib.ops.conv2d import sum_type
@@ -57,6 +57,13 @@ class Dense(Op):
         packed, unpacked = packed_folds(self, x[0], y)
         o, k = self.weight.shape
         return Folds(o, k, packed=packed, unpacked=unpacked, streams=True)
+
+    def reads(self, x: Sequence[IntType], y: IntType, folding: Folding) -> tuple[Port, ...]:
+        return (port(x[0], folding.simd),)
+
+    def widest(self, x: Sequence[IntType], y: IntType, folding: Folding) -> int:
+        between = packed_widest(self, x[0], y, folding) if folding.packing else 0
+        return max(super().widest(x, y, folding), between)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """pe outputs x simd inputs per cycle, inputs in stream order (H, W, C): (O/pe) * (K/simd) iterations; pe divides O, simd K."""

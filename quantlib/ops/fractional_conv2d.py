@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantlib.cost import Cost, Geometry, adder, compare, loop, memory, side_by_side, table, window, words, xnor_popcount
-from quantlib.hls.call import Call, Folds, Table, carrier, port
+from quantlib.hls.call import Call, Folds, Port, Table, carrier, port
 from quantlib.hls.matvec import fold_weight, matvec
 from quantlib.hls.window import Window, taps_of
 from quantlib.ir import IntType
@@ -133,6 +133,9 @@ class FractionalConv2d(Op):
     def folds(self, x: Sequence[IntType], y: IntType) -> Folds:
         o, per_group, *kernel = self.weight.shape
         return Folds(o // self.groups, per_group, taps_of(kernel))
+
+    def reads(self, x: Sequence[IntType], y: IntType, folding: Folding) -> tuple[Port, ...]:
+        return (port(x[0], folding.simd),)
 
     def hls(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Call:
         """As Conv2d: OH*OW * (O/pe) * (kh*kw*(I/groups)/(taps*simd)) iterations per image; pe divides O/groups, simd I/groups."""
