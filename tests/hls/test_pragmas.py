@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from quantlib.hls import project, writer
+from quantlib.schedule import Folding
 
 # Tables that src/network.hpp lays out: `memory_pragmas` in quantlib/hls/network.py, from the second dimension on.
 LAID_OUT = {(kernel, "weight"): 2 for kernel in ("matvec", "gated_matvec", "depthwise", "saturating_dense")}
@@ -76,18 +77,28 @@ def test_every_kernel(pragmas: ModuleType, sources: dict[str, str]) -> None:
     assert sum(text.count("#pragma HLS") for text in sources.values()) > 120
 
 
+@pytest.mark.parametrize("kind", ["", "taps", "packing", "stream"])
 @pytest.mark.parametrize("name", ["small", "residual", "everything"])
-def test_generated_network_and_tops(pragmas: ModuleType, sources: dict[str, str], nets: ModuleType, tmp_path: Path, name: str) -> None:
+def test_generated_network_and_tops(
+    pragmas: ModuleType, sources: dict[str, str], nets: ModuleType, tmp_path: Path, name: str, kind: str
+) -> None:
     graph, folding = getattr(nets, name)()
+    for node in graph:
+        folds = node.op.folds(graph.types(node), node.type)
+        if kind == "taps":
+            folding[node.name] = Folding(taps=folds.taps[-1])
+        elif kind == "packing" and "dsp48e2" in folds.packed:
+            limits = folds.packed["dsp48e2"]
+            folding[node.name] = Folding(limits.pe, limits.simd, taps=limits.taps[-1], packing="dsp48e2")
+        elif kind == "stream" and folds.streams:
+            folding[node.name] = Folding(memory="stream")
     made = project.write(graph, tmp_path / "p", folding)
     network, top = ((made.folder / "src" / f).read_text() for f in ("network.hpp", "top.cpp"))
     assert pragmas.check(network) == [] and pragmas.check(top) == []
     assert pragmas.regions(sources, network, top) == []
-    laid_out = {s.function.removeprefix("ql::") for s in made.net.stages if any(t.name == "weight" for _, t in s.tables)}
-    assert laid_out <= {kernel for kernel, _ in LAID_OUT}
     for s in made.net.stages:
         for table, t in s.tables:
-            if t.name == "weight":
+            if (s.function.removeprefix("ql::"), t.name) in LAID_OUT:
                 mine = [pragmas.pragma(line) for line in network.splitlines() if line.startswith("#pragma")]
                 dims = [p.dims for p in mine if p.variable == table and p.name.startswith("ARRAY")]
                 assert dims == list(range(2, t.build().ndim + 1)), table
