@@ -245,9 +245,9 @@ class _Builder:
 
 
 def build(graph: Graph, foldings: Mapping[str, Folding], depths: Mapping[str, tuple[int, ...]] | None = None) -> Netlist:
-    """Stages and wires for the given foldings (absent: one lane); the depths of FIFOs into joins are raised to what `required` finds."""
+    """Stages and wires for the given foldings (absent: one lane); FIFOs are as deep as `required` and `stored_ahead` find they must be."""
     net = _Builder(graph, foldings, depths or {}).build()
-    for wire, words in required(net).items():
+    for wire, words in (*required(net).items(), *stored_ahead(net).items()):
         w = next(v for v in net.wires if v.name == wire)
         w.depth = max(w.depth, words)
     return net
@@ -280,6 +280,28 @@ def required(net: Netlist) -> dict[str, int]:
         if len(s.inputs) > 1:
             assert top is not None
             _join_depths(net, number, top, depths)
+    return depths
+
+
+def stored_ahead(net: Netlist) -> dict[str, int]:
+    """Depths, by wire, that keep a stage at work while the one before it writes nothing, which begins each image by reading alone.
+
+    A stage is silent until its first word has all it needs. Behind it another one of I iterations starves as long, unless its FIFO holds
+    what it reads meanwhile; it needs that only as far as silence and I together exceed the period P, the iterations of the slowest stage:
+    words (silence + I - P) / I, on top of BASE_DEPTH. What it does not store, within P - I, is silence of its own for those behind it.
+    """
+    period = max(s.iterations for s in (*net.stages, net.input, *net.outputs, *net.feeds))
+    silence = {net.input.wire.name: 0}
+    depths: dict[str, int] = {}
+    for s in net.stages:
+        before = max(silence[w.name] for w in s.inputs)
+        short = before + s.iterations - period
+        for w in s.inputs:
+            words = -(-w.port.words * min(short, s.iterations) // s.iterations)
+            if words > BASE_DEPTH:
+                depths[w.name] = BASE_DEPTH + words
+        own = max(int(need[0]) for need in s.demand()) - 1
+        silence.update((w.name, own + min(before, period - s.iterations)) for w in s.outputs)
     return depths
 
 
