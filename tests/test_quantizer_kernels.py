@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from brevitas.quant_tensor import QuantTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from quantlib.layers import FractionalConv2d, LearnedScaleReLU, QuantSign, RPReLU, ScaledIntConv2d
+from quantlib.layers import FractionalConv2d, Layer, LearnedScaleReLU, QuantSign, RPReLU, ScaledIntConv2d
 from quantlib.quantizers import divided_clip, kernels, learned_log2_scale, learned_scale, max_abs
 
 DTYPES = [torch.float32, torch.float64]
@@ -225,3 +226,30 @@ def test_the_shorter_way_while_training_changes_nothing() -> None:
     assert torch.equal(conv(x), torch.nn.functional.conv2d(x, conv.weight, conv.bias))
     act = LearnedScaleReLU(4, return_quant_tensor=True).train()
     assert conv(act(x)).shape == (2, 4, 4, 4)
+
+
+LAYERS = [(name, i) for name in sorted(Layer.registry) for i in range(len(Layer.registry[name].examples()))]
+
+
+@pytest.mark.filterwarnings("ignore:No quant bias cache")
+@pytest.mark.parametrize(("name", "index"), LAYERS)
+def test_every_layer_trains_alike_in_both_layouts_and_both_ways(name: str, index: int) -> None:
+    """One step in float64: NCHW by the kernels, channels last by the kernels, NCHW by the tensor operations."""
+    results = []
+    for layout, fit in ((LAYOUTS[0], kernels.fit), (LAYOUTS[1], kernels.fit), (LAYOUTS[0], lambda *_: False)):
+        module, x = Layer.registry[name].examples()[index]
+        layout = layout if x.dim() == 4 else LAYOUTS[0]
+        module = module.double().train().to(memory_format=layout)  # type: ignore[call-overload]
+        x = x.double().contiguous(memory_format=layout).requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "fit", fit)
+            y = module(x)
+            y = y.value if isinstance(y, QuantTensor) else y
+            gradients = [g for g in (x, *module.parameters()) if g.requires_grad]
+            made = torch.autograd.grad(y.square().sum(), gradients, allow_unused=True) if y.requires_grad else ()
+        assert y.dim() != 4 or y.is_contiguous(memory_format=layout)
+        results.append([y.detach(), *(g for g in made if g is not None)])
+    first, *others = results
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert torch.allclose(a, b, rtol=1e-11, atol=1e-11 * max(1.0, float(a.abs().max())))  # sums in another order
