@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +76,15 @@ def test_every_kernel(pragmas: ModuleType, sources: dict[str, str]) -> None:
     known = pragmas.directions(sources)
     assert {"matvec", "window_loop", "enter", "fork", "threshold", "rearrange"} <= set(known)
     assert sum(text.count("#pragma HLS") for text in sources.values()) > 120
+
+
+def test_pragmas_of_the_layer_by_layer_engine_are_spelled_right(pragmas: ModuleType) -> None:
+    """Its kernels are loop nests, to which the rules of the streaming kernels do not apply; names and options do."""
+    root = Path(writer.__file__).parents[1] / "layerwise"
+    lines = [line.strip() for p in (*root.glob("include/*.hpp"), *root.glob("templates/*.cpp")) for line in p.read_text().splitlines()]
+    found = [re.sub(r"\$\w+", "1", line) for line in lines if line.startswith("#pragma HLS")]  # a template's number
+    assert len(found) > 40
+    assert {line: wrong for line in found if (wrong := list(pragmas.words_of(pragmas.pragma(line))))} == {}
 
 
 @pytest.mark.parametrize("kind", ["", "taps", "packing", "stream"])
