@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import quantlib as ql
 import zoo
 from quantlib import evaluator
 from quantlib._modules import replace_module
-from quantlib.layers import FixedPoint, FractionalConv2d, TruncAvgPool
+from quantlib.layers import FixedPoint, FractionalConv2d, LearnedScaleReLU, ScaledIntConv2d, ScaledIntLinear, TruncAvgPool
 
 Shape = tuple[int, ...]
 
@@ -42,26 +43,47 @@ Shape = tuple[int, ...]
 # --- networks ------------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a plain network is made of: (inputs, outputs, options of a convolution) -> layer, (inputs, outputs) -> layer, activation."""
+
+    conv: Callable[..., nn.Module]
+    linear: Callable[..., nn.Module]
+    act: Callable[[], nn.Module]
+
+
+def signs() -> Kind:
+    """Weights and activations of one bit, in Brevitas' layers."""
+    weights = {"weight_quant": SignedBinaryWeightPerTensorConst, "weight_scaling_const": 1.0, "bias": False}
+    act = partial(qnn.QuantIdentity, act_quant=SignedBinaryActPerTensorConst, scaling_const=1.0)
+    return Kind(partial(qnn.QuantConv2d, **weights), partial(qnn.QuantLinear, **weights), act)
+
+
+def brevitas(bits: int) -> Kind:
+    """Brevitas' integer weights and unsigned activations."""
+    weights = {"weight_quant": Int8WeightPerTensorFloat, "weight_bit_width": bits, "bias": False}
+    act = partial(qnn.QuantReLU, act_quant=Uint8ActPerTensorFloat, bit_width=bits)
+    return Kind(partial(qnn.QuantConv2d, **weights), partial(qnn.QuantLinear, **weights), act)
+
+
+def ours(bits: int) -> Kind:
+    """Max-abs weights and activations of a learned scale."""
+    return Kind(
+        partial(ScaledIntConv2d, bits=bits), partial(ScaledIntLinear, bits=bits, bias=False), partial(LearnedScaleReLU, bits, init=4.0)
+    )
+
+
 def plain(
-    channels: Sequence[int], shape: Shape, bits: int, pools: Sequence[int] = (), dense: Sequence[int] = (), padding: int = 0
+    kind: Kind, channels: Sequence[int], shape: Shape, pools: Sequence[int] = (), dense: Sequence[int] = (), padding: int = 0
 ) -> nn.Module:
     """3x3 convolutions of these widths with a normalisation and an activation each, a pool after those numbered, dense layers, ten outputs.
 
-    bits 1: signs of weights and activations; more: Brevitas' integer weights and unsigned activations. Image (3, H, W) in 0..1, 8 bits.
+    Image (3, H, W) in 0..1, 8 bits.
     """
-    weights: dict[str, Any] = {"weight_quant": SignedBinaryWeightPerTensorConst, "weight_scaling_const": 1.0}
-    if bits > 1:
-        weights = {"weight_quant": Int8WeightPerTensorFloat, "weight_bit_width": bits}
-
-    def act() -> nn.Module:
-        if bits == 1:
-            return qnn.QuantIdentity(act_quant=SignedBinaryActPerTensorConst, scaling_const=1.0)
-        return qnn.QuantReLU(act_quant=Uint8ActPerTensorFloat, bit_width=bits)
-
     layers: list[nn.Module] = [qnn.QuantIdentity(act_quant=Uint8ActPerTensorFloat)]
     before, side = shape[0], shape[1]
     for n, width in enumerate(channels):
-        layers += [qnn.QuantConv2d(before, width, 3, padding=padding, bias=False, **weights), nn.BatchNorm2d(width), act()]
+        layers += [kind.conv(before, width, 3, padding=padding), nn.BatchNorm2d(width), kind.act()]
         before, side = width, side + 2 * padding - 2
         if n in pools:
             layers.append(nn.MaxPool2d(2))
@@ -69,9 +91,9 @@ def plain(
     layers.append(nn.Flatten())
     before *= side * side
     for width in dense:
-        layers += [qnn.QuantLinear(before, width, bias=False, **weights), nn.BatchNorm1d(width), act()]
+        layers += [kind.linear(before, width), nn.BatchNorm1d(width), kind.act()]
         before = width
-    layers.append(qnn.QuantLinear(before, 10, bias=False, **weights))
+    layers.append(kind.linear(before, 10))
     return settled(nn.Sequential(*layers), shape)
 
 
@@ -85,7 +107,8 @@ def settled(model: nn.Module, shape: Shape) -> nn.Module:
 
 def cnv(bits: int) -> nn.Module:
     """FINN's CNV for CIFAR-10 (arXiv 1612.07119), 59.5 M MAC: six unpadded convolutions, two pools, three dense layers."""
-    return plain((64, 64, 128, 128, 256, 256), (3, 32, 32), bits, pools=(1, 3), dense=(512, 512))
+    kind = signs() if bits == 1 else brevitas(bits)
+    return plain(kind, (64, 64, 128, 128, 256, 256), (3, 32, 32), pools=(1, 3), dense=(512, 512))
 
 
 def powers() -> nn.Module:

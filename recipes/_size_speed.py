@@ -6,6 +6,7 @@ taken. The exponent is the slope of log(seconds) over log(size) by least squares
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _network_speed import engine, images, plain, timed  # type: ignore[import-not-found]
+from _network_speed import engine, images, ours, plain, timed  # type: ignore[import-not-found]
 from torch import nn
 
 import quantlib as ql
@@ -22,7 +23,7 @@ BASE = {"width": 32, "depth": 4, "bits": 4, "batch": 16}
 AXES = {"width": (16, 32, 64, 128), "depth": (2, 4, 8, 16), "bits": (2, 3, 4, 6, 8), "batch": (2, 8, 32, 128)}
 QUICK = {"width": (8, 16), "depth": (1, 2), "bits": (2, 4), "batch": (2, 4)}
 SHAPE = (3, 16, 16)
-OF_BATCH = ("run", "training step")  # what a batch makes longer; the others are once per network, or per image
+OF_BATCH = ("run", "training step")  # what is timed over batches; conversion has none, and one simulation is like another
 
 
 def exponent(sizes: list[float], seconds: list[float]) -> tuple[float, float]:
@@ -38,11 +39,11 @@ def exponent(sizes: list[float], seconds: list[float]) -> tuple[float, float]:
 def ways(size: dict[str, int], folder: Path, csim: bool) -> dict[str, Callable[[], Any]]:
     """What is timed for one size. Compilation of csim is done here, and counted by nobody."""
     torch.manual_seed(0)
-    model = plain((size["width"],) * size["depth"], SHAPE, size["bits"], padding=1)
+    model = plain(ours(size["bits"]), (size["width"],) * size["depth"], SHAPE, padding=1)
     graph = ql.convert(model, SHAPE)
     codes, x = images(graph, size["batch"])
     labels = torch.arange(size["batch"]) % 10
-    trained = plain((size["width"],) * size["depth"], SHAPE, size["bits"], padding=1).train()
+    trained = copy.deepcopy(model).train()
     parameters = list(trained.parameters())
 
     def step() -> None:
@@ -58,7 +59,7 @@ def ways(size: dict[str, int], folder: Path, csim: bool) -> dict[str, Callable[[
     if csim:
         hls = ql.export(graph, folder / "_".join(f"{k}{v}" for k, v in size.items()))
         hls.csim(codes[:1])
-        made["csim"] = lambda: hls.csim(codes[:1])
+        made["csim"] = lambda: hls.csim(codes)
     return made
 
 

@@ -55,12 +55,23 @@ def tables(report: dict[str, Any]) -> list[Titled]:
     if notes:
         made.append(("Peers: what is absent, does not run, or is to be known", ["network", "peer", ""], notes))
     if isinstance(report.get("training"), list):
-        header = ["", "layout", "batch", "float or published ms", "Brevitas ms", "ours ms", "ours / first", "target", "ours / Brevitas"]
+        header = [
+            "",
+            "device",
+            "layout",
+            "batch",
+            "float or published ms",
+            "Brevitas ms",
+            "ours ms",
+            "ours / first",
+            "target",
+            "ours / Brevitas",
+        ]
         body = []
         for r in report["training"]:
             ms = [number(1000 * r["seconds"][k]) if k in r["seconds"] else "" for k in (r["over"], "brevitas", "ours")]
             ratios = [f"{r[k]:.2f}" if k in r else "" for k in ("ratio", "target", "of_brevitas")]
-            body.append([r["network"], r["layout"], str(r["batch"]), *ms, *ratios])
+            body.append([r["network"], r["device"], r["layout"], str(r["batch"]), *ms, *ratios])
         made.append(("Training step: forward and backward, one thread", header, body))
     if isinstance(report.get("size"), list):
         body = [
@@ -140,7 +151,7 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
     if over:
         share, name = max(over)
         most(f"peak memory over 2 x weights + 1 GB, the most ({name})", 1, share, "")
-    for r in report.get("training", []) if isinstance(report.get("training"), list) else []:
+    for r in (r for r in report.get("training", []) if isinstance(report["training"], list) and r["device"] == "cpu"):
         most(f"training step of {r['network']}, {r['layout']}, over {r['over']}", r["target"], r["ratio"], "")
     return found
 

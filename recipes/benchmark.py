@@ -21,12 +21,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # its own modules, however it was loaded
+import _speed_page as page  # type: ignore[import-not-found]
+import torch
+from rich.console import Console
 
-import _speed_page as page  # type: ignore[import-not-found]  # noqa: E402
-from rich.console import Console  # noqa: E402
-
-from quantlib.training.report import write_json  # noqa: E402
+from quantlib.training.report import write_json
 
 SECTIONS = ("training", "inference", "conversion", "csim", "peers", "imports", "size")
 OF_NETWORKS = ("inference", "conversion", "csim", "peers")
@@ -65,7 +64,12 @@ def one(config: Config) -> Any:
     if config.one == "training":
         import _training_speed as training  # type: ignore[import-not-found]
 
-        return training.measure(training.QUICK if config.quick else tuple(training.NETWORKS), rounds)
+        names = training.QUICK if config.quick else tuple(training.NETWORKS)
+        rows = training.measure(names, rounds)
+        for compiled in (False, True) if torch.cuda.is_available() else ():
+            there = training.measure(names, rounds, "cuda", compiled)
+            rows += [{**row, "device": "cuda, compiled" if compiled else "cuda"} for row in there]
+        return rows
     if config.one == "size":
         from _size_speed import measure as size  # type: ignore[import-not-found]
 
@@ -163,7 +167,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if config.quick:
         config = Config(**{**asdict(config), "rounds": 1})
 
-    console, start = Console(), time.perf_counter()
+    console, start = Console(width=None if sys.stdout.isatty() else 160), time.perf_counter()
     sections, names = chosen(config)
     report: dict[str, Any] = {"config": asdict(config), "machine": machine(), "networks": []}
     console.print(f"{config}\n{report['machine']}\n", highlight=False)

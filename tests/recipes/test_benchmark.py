@@ -7,6 +7,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def _on_the_path(root, monkeypatch):
+    """As when the recipe runs as a script: its own modules lie beside it."""
+    monkeypatch.syspath_prepend(root / "recipes")
+
+
 def test_networks_and_imports(recipe, tmp_path):
     benchmark = recipe("benchmark")
     words = ["--only=inference,conversion,csim,peers", "--networks=fracbnn_digits", "--quick", f"--out={tmp_path}"]
@@ -78,7 +84,7 @@ def test_targets(recipe):
         "network": "cnv_1bit", "images_per_second": {"fake-quantized": 400.0, "run, native": 8000.0, "csim, fast": 250.0},
         "compile_seconds": 3.0, "convert_seconds": 6.0, "export_seconds": 2.0, "memory_export": 900.0, "weights_mb": 6.0,
     }  # fmt: skip
-    training = {"network": "mb", "layout": "NCHW", "over": "float", "ratio": 1.3, "target": 1.25}
+    training = {"network": "mb", "device": "cpu", "layout": "NCHW", "over": "float", "ratio": 1.3, "target": 1.25}
     found = {t["what"]: (t["measured"], t["reached"]) for t in page.targets({"networks": [row, big], "training": [training]})}
     assert found == {
         "cnv_1bit: ql.run, one image and core": ("0.125 ms", True),
