@@ -8,6 +8,7 @@ are chosen anew.
     python recipes/export.py ultranet_dacsdc --option weight_bits=4 --option act_bits=4 --fps 60 --check timed --count 4
     python recipes/export.py --graph build/export/graph.safetensors --fixed build/export/folding.json --part ZCU104
     python recipes/export.py mobilenet_v2_imagenet --option weight_bits=4 --option act_bits=4 --part ZCU104 --no-export
+    python recipes/export.py fracbnn_imagenet --option fixed_point=14,6 --architecture layers --part Ultra96-V2
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 import quantlib as ql
 import zoo
-from quantlib import parts
+from quantlib import layerwise, parts
 from quantlib.capture import CaptureError
 from quantlib.hls import Deadlock, ExportError, Project
 from quantlib.hls.network import folding_text
@@ -34,6 +35,7 @@ from quantlib.hls.report import NAMES, bottleneck, figures, shares
 from quantlib.io import foldings
 from quantlib.io.foldings import FoldingFileError
 from quantlib.io.graph import GraphFileError
+from quantlib.ir import GraphError
 from quantlib.pages import bars
 from quantlib.schedule import BASE_DEPTH, MEMORY_STYLES, Plan, Schedule
 from quantlib.training import DataError, Images, accuracy, read_images
@@ -42,18 +44,21 @@ from quantlib.training.flags import network_options
 from quantlib.training.report import page, table, text, write, write_json
 
 CHECKS = ("fast", "fifo", "timed", "none")
-REFUSED = (zoo.ZooError, zoo.CheckpointError, CaptureError, GraphFileError, FoldingFileError, DataError, ExportError, Deadlock)
+REFUSED = (zoo.ZooError, zoo.CheckpointError, CaptureError, GraphFileError, GraphError, FoldingFileError, DataError, ExportError, Deadlock)
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is exported. clock and fps 0: the part's own clock, as fast as fits; fixed "": no folding is given."""
+    """What is exported. architecture: "stream", a stage per layer, or "layers", one engine that runs them in turn with weights and maps in
+    external memory (docs/layerwise.md). clock and fps 0: the part's own clock, as fast as fits; fixed "": no folding is given.
+    """
 
     network: str
     option: tuple[str, ...]
     checkpoint: str
     graph: str
     input_shape: tuple[int, ...]
+    architecture: str
     part: str
     clock: float
     fps: float
@@ -79,6 +84,9 @@ def options(argv: list[str] | None) -> Config:
     source.add_argument("--graph", default="", metavar="FILE", help="a graph written by ql.save, instead of a network")
     source.add_argument("--input-shape", default="", metavar="C,H,W", help="shape of one image (default: the card's)")
     target = parser.add_argument_group("the hardware")
+    target.add_argument(
+        "--architecture", default="stream", choices=("stream", "layers"), help="a stage per layer, or one engine with weights in memory"
+    )
     target.add_argument("--part", default="xczu3eg", help="part or board: xczu3eg, Ultra96-V2, PYNQ-Z2, ZCU104, ... (default: %(default)s)")
     target.add_argument("--clock", type=float, default=0.0, metavar="MHZ", help="clock (default: the part's)")
     target.add_argument("--fps", type=float, default=0.0, help="frames per second to reach with least resources (default: as fast as fits)")
@@ -103,6 +111,8 @@ def options(argv: list[str] | None) -> Config:
         parser.error("--graph is a finished integer network: it takes no --option, --checkpoint or --input-shape")
     if min(values["clock"], values["fps"]) < 0 or values["count"] < 1:
         parser.error("--clock and --fps must be positive, --count at least 1")
+    if values["architecture"] == "layers" and (values["fixed"] or values["memory"] or values["check"] in ("fifo", "timed")):
+        parser.error("--architecture layers has one engine: no --fixed, no --memory, and --check fast or none")
     try:
         parts.part(values["part"])
     except LookupError as error:
@@ -132,16 +142,17 @@ def export(config: Config) -> dict[str, Any]:
         result["verify"] = check.to_dict()
         sections.append(("Integers against the model", text(str(check))))
     with seconds("estimate"):
-        plan = laid_out(config, graph)
+        plan = laid_out(config, graph) if config.architecture == "stream" else engine(config, graph)
     result["plan"] = plan.to_dict()
     sections = [*plan_sections(plan), *sections]
     out.mkdir(parents=True, exist_ok=True)
     ql.save(graph, out / "graph.safetensors")
-    foldings.save(plan.schedule, out / "folding.json", graph.name)
+    if isinstance(plan, Plan):
+        foldings.save(plan.schedule, out / "folding.json", graph.name)
 
     if config.export and (plan.fits or config.anyway):
         with seconds("export"):
-            project = ql.export(graph, out / "hls", part=config.part, plan=plan)
+            project = written(graph, out / "hls", plan)
         if config.check != "none":
             result["csim"] = simulated(project, data, plan, config.check, seconds)
             sections += simulation_sections(result["csim"])
@@ -200,12 +211,25 @@ def laid_out(config: Config, graph: ql.Graph) -> Plan:
     return ql.estimate(graph, config.part, fps, clock_mhz=clock, schedule=Schedule.of(graph, styled))
 
 
-def simulated(project: Project, data: Images, plan: Plan, mode: str, seconds: Seconds) -> dict[str, Any]:
+def engine(config: Config, graph: ql.Graph) -> layerwise.Plan:
+    return layerwise.estimate(graph, config.part, clock_mhz=config.clock or None, fps=config.fps or None)
+
+
+def written(graph: ql.Graph, folder: Path, plan: Plan | layerwise.Plan) -> Project | layerwise.Project:
+    if isinstance(plan, Plan):
+        return ql.export(graph, folder, part=plan.part.name, plan=plan)
+    return layerwise.export(graph, folder, plan.part, plan)
+
+
+def simulated(
+    project: Project | layerwise.Project, data: Images, plan: Plan | layerwise.Plan, mode: str, seconds: Seconds
+) -> dict[str, Any]:
     """The project run on the images, counted against `ql.run`; with a clock also cycles, latency and what every FIFO held."""
+    modes: dict[str, Any] = {"mode": mode} if isinstance(project, Project) else {}
     with seconds("compile C++"):
-        project.csim(data.codes[:1], mode=mode)
+        project.csim(data.codes[:1], **modes)
     with seconds("run C++"):
-        theirs = project.csim(data.codes, mode=mode, integers=True)
+        theirs = project.csim(data.codes, integers=True, **modes)
     ours = ql.run(project.graph, data.codes, integers=True)
     facts: dict[str, Any] = {"mode": mode, "mismatches": {edge: int((ours[edge] != theirs[edge]).sum()) for edge in ours}}
     facts["integers"] = sum(value.numel() for value in ours.values())
@@ -213,7 +237,7 @@ def simulated(project: Project, data: Images, plan: Plan, mode: str, seconds: Se
     outputs = ql.run(project.graph, data.codes)
     if bool((data.labels >= 0).all()) and isinstance(outputs, Tensor) and outputs.dim() == 2:
         facts["accuracy"] = accuracy(outputs, data.labels)
-    if mode == "timed" and project.last is not None:
+    if mode == "timed" and isinstance(project, Project) and isinstance(plan, Plan) and project.last is not None:
         last = project.last
         facts |= {"cycles": last.steady if len(data.codes) > 1 else None, "latency": last.latency, "fifos": dict(last.marks)}
         facts |= {"planned_cycles": plan.cycles, "planned_latency": plan.latency}
@@ -239,7 +263,9 @@ def shown_cycles(facts: Mapping[str, Any]) -> str:
     return "needs two images" if facts["cycles"] is None else f"{facts['cycles']:,.0f}"
 
 
-def plan_sections(plan: Plan) -> list[tuple[str, str]]:
+def plan_sections(plan: Plan | layerwise.Plan) -> list[tuple[str, str]]:
+    if not isinstance(plan, Plan):
+        return [("Plan", text(str(plan)))]
     rows = [(r.name, r.op, folding_text(r.folding), f"{r.cost.cycles:,}", *(f"{getattr(r.cost, k):,}" for k in NAMES)) for r in plan.rows]
     used = [(name, share, f"{share:.0f} % ({n:,} of {limit:,})") for name, n, limit, share in shares(plan)]
     return [
@@ -250,7 +276,9 @@ def plan_sections(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def finish(config: Config, result: dict[str, Any], plan: Plan, sections: list[tuple[str, str]], seconds: Seconds) -> dict[str, Any]:
+def finish(
+    config: Config, result: dict[str, Any], plan: Plan | layerwise.Plan, sections: list[tuple[str, str]], seconds: Seconds
+) -> dict[str, Any]:
     """Report, page and table; ends with an error where integers differ or nothing was exported that should have been."""
     out, console, title = Path(config.out), Console(), f"{config.network or plan.network} on {plan.part}"
     result["seconds"] = seconds.spent
@@ -265,7 +293,10 @@ def finish(config: Config, result: dict[str, Any], plan: Plan, sections: list[tu
     if "verify" in result:
         rows.add_row("integers that differ from the model", f"{result['verify']['mismatches']:,} of {result['verify']['codes']:,}")
     rows.add_row("cycles per image, frames/s", f"{plan.cycles:,}, {plan.fps:,.1f} at {plan.clock_mhz:g} MHz")
-    rows.add_row("slowest layer, latency", f"{plan.bottleneck}, {plan.latency:,} cycles ({plan.latency_us / 1e3:,.3f} ms)")
+    if isinstance(plan, Plan):
+        rows.add_row("slowest layer, latency", f"{plan.bottleneck}, {plan.latency:,} cycles ({plan.latency_us / 1e3:,.3f} ms)")
+    else:
+        rows.add_row("cycles bound by", ", ".join(f"{kind} {cycles:,}" for kind, cycles in plan.bound().items()))
     budget = plan.part.budget()
     for resource in parts.RESOURCES:
         rows.add_row(f"{resource}, of what may be used", f"{getattr(plan.total, resource):,} of {budget[resource]:,}")
@@ -283,7 +314,7 @@ def finish(config: Config, result: dict[str, Any], plan: Plan, sections: list[tu
     if result.get("verify", {}).get("mismatches") or any(result.get("csim", {}).get("mismatches", {}).values()):
         raise SystemExit("integers differ: see the report")
     if not plan.fits:
-        console.print(bottleneck(plan), highlight=False, soft_wrap=True)
+        console.print(bottleneck(plan) if isinstance(plan, Plan) else str(plan).splitlines()[0], highlight=False, soft_wrap=True)
         if config.export and not config.anyway:
             raise SystemExit("nothing was exported; --anyway exports the nearest folding")
     return result

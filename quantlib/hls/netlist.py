@@ -290,7 +290,8 @@ def stored_ahead(net: Netlist) -> dict[str, int]:
     what it reads meanwhile; it needs that only as far as silence and I together exceed the period P, the iterations of the slowest stage:
     words (silence + I - P) / I, on top of BASE_DEPTH. What it does not store, within P - I, is silence of its own for those behind it.
     """
-    period = max(s.iterations for s in (*net.stages, net.input, *net.outputs, *net.feeds))
+    pins, feeds = (net.input, *net.outputs), net.feeds
+    period = max((*(s.iterations for s in net.stages), *(p.iterations for p in pins), *(f.iterations for f in feeds)))
     silence = {net.input.wire.name: 0}
     depths: dict[str, int] = {}
     for s in net.stages:

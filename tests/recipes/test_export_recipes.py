@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import quantlib as ql
 import zoo
+from quantlib.hls import project
 from quantlib.io import foldings
 from quantlib.parts import PARTS
 from quantlib.schedule import Folding, Schedule
@@ -24,8 +25,12 @@ NETWORK = "fracbnn_digits"
 
 
 @pytest.fixture(scope="module")
-def export(recipe: Callable[[str], ModuleType]) -> ModuleType:
-    return recipe("export")
+def export(recipe: Callable[[str], ModuleType]) -> Iterator[ModuleType]:
+    """The recipe, compiling without optimisation: values are tested, not speed."""
+    flags = project.FLAGS
+    project.FLAGS = tuple("-O0" if flag == "-O2" else flag for flag in flags)
+    yield recipe("export")
+    project.FLAGS = flags
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,15 @@ def test_part_of_a_folding_a_memory_style_and_a_target(export: ModuleType, expor
     weighted = [row["folding"]["memory"] for row in bram["plan"]["rows"] if row["op"] in ("Conv2d", "FractionalConv2d", "Dense")]
     assert weighted and set(weighted) == {"bram"}
     assert bram["plan"]["clock_mhz"] == 100 and bram["plan"]["frames_per_second"] >= 1000
+
+
+def test_the_second_architecture(export: ModuleType, exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    graph = f"--graph={exported[0] / 'out/graph.safetensors'}"
+    result = export.main([graph, "--architecture=layers", "--count=2", f"--out={tmp_path}"])
+    assert result["plan"]["architecture"] == "layerwise" and set(result["csim"]["mismatches"].values()) == {0}
+    assert (tmp_path / "hls/memory.bin").is_file() and "layer by layer" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        export.main([graph, "--architecture=layers", "--check=timed", f"--out={tmp_path}"])
 
 
 def test_images_from_an_array(export: ModuleType, exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
