@@ -234,7 +234,7 @@ def estimate(
     _suits(device, fixed or {})
     options = _all_options(graph, device, fixed)
     target = None if fps is None else _cycles_at(clock, fps)
-    chosen = _solve(graph, options, device, target)
+    _, chosen = _solve(graph, options, device, target)
     plan = _plan(graph, device, clock, fps, chosen, options)
     if plan.fits:
         return plan
@@ -246,8 +246,8 @@ def estimate(
             continue
         if _family(other) not in of_family:
             of_family[_family(other)] = _all_options(graph, other, fixed)
-        trial = _solve(graph, of_family[_family(other)], other, target, any_speed=fps is None)
-        if not _missing(sum(_costs(graph, trial), Cost()), other, clock, fps):
+        fits, trial = _solve(graph, of_family[_family(other)], other, target, trial=True)
+        if fits and not _missing(sum(_costs(graph, trial), Cost()), other, clock, fps):
             return replace(plan, smallest=other.name)
     return plan
 
@@ -339,33 +339,38 @@ def _undominated(points: np.ndarray) -> list[int]:
 # The solver: bisection over the bottleneck; for each, one option per node under several budgets.
 
 
-def _solve(graph: Graph, options: list[_Options], device: Part, target: int | None, any_speed: bool = False) -> Schedule:
+def _solve(graph: Graph, options: list[_Options], device: Part, target: int | None, trial: bool = False) -> tuple[bool, Schedule]:
+    """Whether the nodes alone keep within the budget, and the best schedule found. trial: any speed will do, and none is made where they
+    do not."""
     budget = np.array([float(v) for v in device.budget().values()])
     deep = np.zeros(len(RESOURCES))
+    schedule = Schedule({})
     for _ in range(4):  # what the FIFOs between branches take depends on the folding: leave room for it and choose again
-        picked = _choose(options, np.maximum(budget - deep, 0), target, any_speed)
+        fits, picked = _choose(options, np.maximum(budget - deep, 0), target, trial)
+        if trial and not fits:
+            break
         schedule = Schedule.of(graph, {n.name: o.foldings[i] for n, o, i in zip(graph, options, picked, strict=True)})
         total = _usage(sum(_costs(graph, schedule), Cost()))
         extra = total - sum((o.usage[i] for o, i in zip(options, picked, strict=True)), np.zeros(len(RESOURCES)))
-        if (total <= budget).all() or (extra <= deep).all():
+        if not fits or (total <= budget).all() or (extra <= deep).all():
             break
         deep = np.maximum(deep, extra)
-    return schedule
+    return fits, schedule
 
 
 def _usage(cost: Cost) -> np.ndarray:
     return np.array([getattr(cost, r) for r in RESOURCES], dtype=np.float64)
 
 
-def _choose(options: list[_Options], budget: np.ndarray, target: int | None, any_speed: bool) -> list[int]:
+def _choose(options: list[_Options], budget: np.ndarray, target: int | None, any_speed: bool) -> tuple[bool, list[int]]:
     """One option per node: fewest cycles within budget, or the cheapest with at most `target` cycles; the nearest miss where none fits."""
     slowest = max(int(o.cycles.min()) for o in options)  # no layout is faster than the fastest of the slowest node
     if target is not None:
-        return _fit(options, budget, max(target, slowest))[1]
+        return _fit(options, budget, max(target, slowest))
     candidates = sorted({int(c) for o in options for c in o.cycles if c >= slowest})
     fits, best = _fit(options, budget, candidates[-1])
     if not fits or any_speed:
-        return best
+        return fits, best
     low, high = 0, len(candidates) - 1  # candidates[high] fits
     while low < high:
         middle = (low + high) // 2
@@ -374,7 +379,7 @@ def _choose(options: list[_Options], budget: np.ndarray, target: int | None, any
             high, best = middle, picked
         else:
             low = middle + 1
-    return best
+    return True, best
 
 
 def _fit(options: list[_Options], budget: np.ndarray, limit: int) -> tuple[bool, list[int]]:

@@ -117,12 +117,14 @@ class Window:
             writes = (columns[:, None] * pixel + np.arange(1, pixel + 1)).reshape(-1)
         else:
             writes = np.arange(1, fetches + 1, dtype=np.int64)
+        phases: dict[int, np.ndarray] = {}  # rows that read alike write alike
         rows = []
         for r in range(self.out[0]):
             reads = self.reads(r)
-            length = max(reads, fetches)
-            iteration = -(-writes * length // fetches) - 1
-            rows.append(self.need(r) * self.row_words + iteration * reads // length)
+            if reads not in phases:
+                length = max(reads, fetches)
+                phases[reads] = (-(-writes * length // fetches) - 1) * reads // length
+            rows.append(self.need(r) * self.row_words + phases[reads])
         return (np.concatenate(rows),)
 
     def stage(self) -> Kernel:
