@@ -45,7 +45,8 @@ def tables(report: dict[str, Any]) -> list[Titled]:
         made.append(("Speed over the fake-quantized model's", ["", *over], body))
     columns = {
         "convert s": "convert_seconds", "estimate s": "estimate_seconds", "export s": "export_seconds", "csim compile s": "compile_seconds",
-        "weights MB": "weights_mb", "peak MB": "memory_export", "limit MB": "limit",
+        "weights MB": "weights_mb", "MB at start": "memory_start", "peak MB, convert": "memory_convert", "peak MB, export": "memory_export",
+        "2 x weights + 1 GB": "limit",
     }  # fmt: skip
     if any("export_seconds" in r for r in rows):
         facts = [{**r, "limit": 2 * r["weights_mb"] + 1000} for r in rows]
