@@ -135,8 +135,8 @@ NETWORKS = {
     "mb_4x32": Network(Bottlenecks, "depthwise", (4, 3, 32, 32)),
     "vgg_32x32": Network(dense, "dense", (32, 3, 32, 32)),
     "vgg_4x32": Network(dense, "dense", (4, 3, 32, 32)),
-    "proxylessnas_8x64": Network(
-        lambda: zoo.get("proxylessnas_4b5b_imagenet", image_size=64, width=0.5, num_classes=100), "depthwise", (8, 3, 64, 64)
+    "proxylessnas_4x128": Network(
+        lambda: zoo.get("proxylessnas_4b5b_imagenet", image_size=128, width=0.5, num_classes=100), "depthwise", (4, 3, 128, 128)
     ),
     "mobilenet_v2_8x64": Network(
         lambda: zoo.get("mobilenet_v2_imagenet", weight_bits=4, act_bits=4, num_classes=100), "depthwise", (8, 3, 64, 64)

@@ -49,6 +49,7 @@ struct Map {
 template <class T, int S, class F>
 void reduce(Map m, T* sums_out, i64 threads, F body) {
     const i64 c = m.channels, width = S * c;
+    threads = std::max<i64>(1, std::min(threads, m.outer * c * m.inner / GRAIN));
     std::vector<double> totals(static_cast<std::size_t>(threads * width), 0.0);
     double* all = totals.data();
     if (m.inner == 1 && c > 1) {
