@@ -116,9 +116,14 @@ def adder_tree(lanes: int, bits: int) -> Cost:
     return total
 
 
+def plus_minus_one(x: IntType) -> bool:
+    """Whether every integer of the edge is +1 or -1: one bit in arithmetic."""
+    return (x.lo, x.hi, x.step) == (-1, 1, 2)
+
+
 def dot(lanes: int, x: IntType, weight: Words, sum_bits: int) -> Cost:
     """`lanes` products and their sum into an accumulator of `sum_bits` bits."""
-    return _dot(lanes, 0 if x.levels == 2 and x.lo == -x.hi and weight.bipolar else x.bits, weight.bits, sum_bits)
+    return _dot(lanes, 0 if plus_minus_one(x) and weight.bipolar else x.bits, weight.bits, sum_bits)
 
 
 @cache
@@ -166,8 +171,8 @@ def mac(pixels: int, outputs: int, terms: int, x: IntType, weight: Words, sum_bi
     """
     steps = (outputs // pe) * (terms // simd)
     if style == "stream":  # every row of weights comes over a 64-bit bus, once per pixel
-        row = pe * simd * weight.bits
-        fetch = loop(pixels * steps * ceil(pe * simd / (64 // weight.bits)), row) + fifo(32, row)
+        bits = max(weight.bits, 2 if weight.bipolar else 1)  # -1 and 1 go as integers
+        fetch = loop(pixels * steps * ceil(pe * simd / (64 // bits)), pe * simd * bits) + fifo(32, pe * simd * bits)
         return loop(pixels * steps, pe * sum_bits) + dot(simd, x, weight, sum_bits).times(pe) + fetch
     unit = dot(simd, x, weight, sum_bits) + memory(steps, simd * weight.bits, style)
     return loop(pixels * steps, pe * sum_bits) + unit.times(pe)

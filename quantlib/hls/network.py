@@ -63,7 +63,7 @@ def memory_pragmas(s: Stage) -> list[str]:
             impl = {"lut": " impl=lutram", "bram": " impl=bram", "uram": " impl=uram"}.get(s.folding.memory, "")
             lines.append(f"#pragma HLS BIND_STORAGE variable={name} type=rom_1p{impl}")
             lines.append(f"#pragma HLS ARRAY_PARTITION variable={name} complete dim=2")
-            if s.function in ("ql::matvec", "ql::gated_matvec"):
+            if s.function in ("ql::matvec", "ql::matvec_of", "ql::gated_matvec"):
                 lines.append(f"#pragma HLS ARRAY_RESHAPE variable={name} complete dim=3")
     return lines
 

@@ -6,9 +6,9 @@
 namespace ql {
 
 // Every channel has its own kernel: LANES / PE taps of PE channels per cycle. Row part * STEPS + step of the weights.
-// Iterations per image: WINDOWS * PARTS * STEPS.
-template <typename A, unsigned WINDOWS, unsigned PARTS, unsigned STEPS, typename TI, typename TO, typename TW, unsigned ROWS, unsigned LANES, unsigned PE>
-void depthwise(hls::stream<Word<TI, LANES>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][LANES], unsigned images) {
+// P makes the products: Products, or Signs, whose weights are bits. Iterations per image: WINDOWS * PARTS * STEPS.
+template <typename P, typename A, unsigned WINDOWS, unsigned PARTS, unsigned STEPS, typename TI, typename TO, typename TW, unsigned ROWS, unsigned LANES, unsigned PE>
+void depthwise_of(hls::stream<Word<TI, LANES>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][LANES], unsigned images) {
     static_assert(ROWS == PARTS * STEPS && LANES % PE == 0, "one row of weights per iteration of a window");
     A acc[PE];
 #pragma HLS ARRAY_PARTITION variable = acc complete
@@ -24,7 +24,7 @@ steps:
             acc[p] = step == 0 ? A(0) : acc[p];
             for (unsigned t = 0; t < LANES; t += PE) {
 #pragma HLS UNROLL
-                acc[p] += A(x.v[t + p]) * A(weight[row][t + p]);
+                acc[p] += P::template term<A>(x.v[t + p], weight[row][t + p]);
             }
         }
         if (++row == ROWS) row = 0;
@@ -38,6 +38,12 @@ steps:
             out.write(word);
         }
     }
+}
+
+template <typename A, unsigned WINDOWS, unsigned PARTS, unsigned STEPS, typename TI, typename TO, typename TW, unsigned ROWS, unsigned LANES, unsigned PE>
+void depthwise(hls::stream<Word<TI, LANES>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][LANES], unsigned images) {
+#pragma HLS INLINE
+    depthwise_of<Products, A, WINDOWS, PARTS, STEPS>(in, out, weight, images);
 }
 
 }  // namespace ql

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantlib.cost import Cost, Geometry, mac, memory, side_by_side, window, words
 from quantlib.hls.call import Call, Folds, Kernel, Port, Table, carrier, port
-from quantlib.hls.matvec import fold_weight, in_words, matvec
+from quantlib.hls.matvec import fold_weight, in_words, matvec, products, stored
 from quantlib.hls.packed import packed_cost, packed_folds, packed_hls, packed_widest
 from quantlib.hls.window import Window, taps_of
 from quantlib.ir import IntType
@@ -108,16 +108,20 @@ class Conv2d(Op):
         front = Window(x[0], lanes, groups, *self.window, y.shape[1:], taps=taps)
         window = front.stage()
         places, number, steps = y.shape[1] * y.shape[2], carrier(self.magnitude(*x)), kh * kw // taps
+        how, weight = products(x[0], words(self, "weight"), folding, any(self.padding)), self.weight
         if self.depthwise:
-            words = places * groups
-            table = Table("weight", lambda: in_words(self.weight[:, 0].reshape(groups, pe, kh, kw), pe, taps).reshape(-1, taps * pe))
-            products = Kernel("", "conv2d.hpp", "ql::depthwise", (number, places, groups, steps), (window.output,), port(y, pe),
-                              words * steps, lambda: (steps * np.arange(1, words + 1),), (table,))  # fmt: skip
+            written = places * groups
+            table = Table(
+                "weight", lambda: in_words(stored(weight[:, 0], how).reshape(groups, pe, kh, kw), pe, taps).reshape(-1, taps * pe)
+            )
+            function, first = ("ql::depthwise_of", ("ql::Signs",)) if how else ("ql::depthwise", ())
+            unit = Kernel("", "conv2d.hpp", function, (*first, number, places, groups, steps), (window.output,), port(y, pe),
+                              written * steps, lambda: (steps * np.arange(1, written + 1),), (table,))  # fmt: skip
         else:
-            table = Table("weight", lambda: fold_weight(self.weight, self.groups, pe, simd, taps))
-            products = matvec(number, places, self.groups, o // self.groups // pe, steps * per_group // simd, window.output, port(y, pe),
-                              (table,), silence=front.silence)  # fmt: skip
-        return Call((products,) if side_by_side(self.window) else (window, products))
+            table = Table("weight", lambda: fold_weight(stored(weight, how), self.groups, pe, simd, taps))
+            unit = matvec(number, places, self.groups, o // self.groups // pe, steps * per_group // simd, window.output, port(y, pe),
+                              (table,), silence=front.silence, how=how)  # fmt: skip
+        return Call((unit,) if side_by_side(self.window) else (window, unit))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:
         """The windows of the image, and a matrix-vector unit of pe x simd*taps products that keeps one window while it makes all outputs of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantlib.cost import Cost, mac, memory, words
 from quantlib.hls.call import Call, Folds, Port, Table, carrier, port, stream_order
-from quantlib.hls.matvec import matvec
+from quantlib.hls.matvec import matvec, products, stored
 from quantlib.hls.packed import packed_cost, packed_folds, packed_hls, packed_widest
 from quantlib.ir import IntType
 from quantlib.ops._base import Example, Op, constant, expect
@@ -72,13 +72,14 @@ class Dense(Op):
         if folding.packing:
             return packed_hls(self, x[0], y, folding)
 
+        how = products(x[0], words(self, "weight"), folding, False)
+
         def weight() -> np.ndarray:
-            columns = self.weight[:, stream_order(np.arange(k).reshape(x[0].shape))]
+            columns = stored(self.weight, how)[:, stream_order(np.arange(k).reshape(x[0].shape))]
             return columns.reshape(o // pe, pe, k // simd, simd).transpose(0, 2, 1, 3).reshape(-1, pe, simd)
 
-        kernel = matvec(
-            carrier(self.magnitude(*x)), 1, 1, o // pe, k // simd, port(x[0], simd), port(y, pe), (Table("weight", weight),), "dense.hpp"
-        )
+        kernel = matvec(carrier(self.magnitude(*x)), 1, 1, o // pe, k // simd, port(x[0], simd), port(y, pe), (Table("weight", weight),),
+                        "dense.hpp", how=how)  # fmt: skip
         return Call((kernel,))
 
     def cost(self, x: Sequence[IntType], y: IntType, folding: Folding) -> Cost:

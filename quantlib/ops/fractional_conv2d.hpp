@@ -17,18 +17,46 @@ template <int MSB, int LSB, unsigned FRACTION, unsigned SHIFT, int LO, int HI> s
     }
 };
 
+// Codes n = 2m + l of -3, -1, 1, 3 (and 0, where ZEROS) with signs w (1 plus, 0 minus): the sums of m and of l.
+template <bool ZEROS, typename A, typename T, typename W, unsigned N> inline void plane_sums(const T (&x)[N], const W (&w)[N], A& high, A& low) {
+#pragma HLS INLINE
+#ifdef QL_SYNTHESIS_BODIES
+    Bits<N> m, l, shown;
+planes:
+    for (unsigned i = 0; i < N; ++i) {
+#pragma HLS UNROLL
+        const int code = int(x[i]);
+        set_bit(m, i, code > 0);
+        set_bit(l, i, (code & 2) != 0);  // 3 and -1
+        set_bit(shown, i, !ZEROS || (code & 1) != 0);
+    }
+    const Bits<N> weight = packed(w);
+    high = agreement<A>(m, weight, shown);
+    low = agreement<A>(l, weight, shown);
+#else
+    high = 0;
+    A both = 0;
+    for (unsigned i = 0; i < N; ++i) {
+        const A sign = A(int(x[i] > 0) - int(x[i] < 0));
+        high += w[i] ? sign : A(-sign);
+        both += w[i] ? A(x[i]) : A(-A(x[i]));
+    }
+    low = both - A(2) * high;
+#endif
+}
+
 // As matvec, for codes n = 2m + l of -3, -1, 1, 3 (0 outside the image): M sums the signs m, L counts only where M reaches the gate.
 // Iterations per image: VECTORS * GROUPS * NF * SF.
-template <typename MERGE, typename A, unsigned VECTORS, unsigned GROUPS, unsigned NF, unsigned SF, typename TI, typename TO, typename TW, unsigned ROWS,
+template <typename MERGE, bool ZEROS, typename A, unsigned VECTORS, unsigned GROUPS, unsigned NF, unsigned SF, typename TI, typename TO, typename TW, unsigned ROWS,
           unsigned PE, unsigned SIMD, typename TG>
 void gated_matvec(hls::stream<Word<TI, SIMD>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][PE][SIMD], const TG (&gate)[GROUPS * NF][PE],
                   unsigned images) {
 #pragma HLS ARRAY_PARTITION variable = gate dim = 2 complete
     static_assert(ROWS == GROUPS * NF * SF, "one row of weights per iteration");
     Word<TI, SIMD> held[SF];
-    A high[PE], both[PE];
+    A high[PE], low[PE];
 #pragma HLS ARRAY_PARTITION variable = high complete
-#pragma HLS ARRAY_PARTITION variable = both complete
+#pragma HLS ARRAY_PARTITION variable = low complete
 #pragma HLS AGGREGATE variable = held compact = bit
     unsigned nf = 0, sf = 0, row = 0, block = 0;
     const unsigned total = images * VECTORS * GROUPS * NF * SF;
@@ -38,16 +66,13 @@ products:
         QL_CYCLE();
         if (nf == 0) held[sf] = in.read();
         const Word<TI, SIMD>& x = held[sf];
-        Word<TI, SIMD> signs;
-        for (unsigned s = 0; s < SIMD; ++s) {
-#pragma HLS UNROLL
-            signs.v[s] = TI(int(x.v[s] > 0) - int(x.v[s] < 0));
-        }
     lanes:
         for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
-            high[p] = (sf == 0 ? A(0) : high[p]) + dot<A>(signs.v, weight[row][p]);
-            both[p] = (sf == 0 ? A(0) : both[p]) + dot<A>(x.v, weight[row][p]);
+            A m, l;
+            plane_sums<ZEROS>(x.v, weight[row][p], m, l);
+            high[p] = (sf == 0 ? A(0) : high[p]) + m;
+            low[p] = (sf == 0 ? A(0) : low[p]) + l;
         }
         ++row;
         if (++sf == SF) {
@@ -55,8 +80,7 @@ products:
             Word<TO, PE> word;
             for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
-                const A low = both[p] - A(2) * high[p];
-                word.v[p] = TO(MERGE::template join<A>(high[p], high[p] >= A(gate[block][p]) ? low : A(0)));
+                word.v[p] = TO(MERGE::template join<A>(high[p], high[p] >= A(gate[block][p]) ? low[p] : A(0)));
             }
             out.write(word);
             if (++block == GROUPS * NF) {

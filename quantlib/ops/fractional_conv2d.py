@@ -144,14 +144,14 @@ class FractionalConv2d(Op):
         front = Window(x[0], simd, self.groups, *self.window, y.shape[1:], taps=taps)
         window = front.stage()
         tables = (
-            Table("weight", lambda: fold_weight(self.weight, self.groups, pe, simd, taps)),
+            Table("weight", lambda: fold_weight(self.weight > 0, self.groups, pe, simd, taps).astype(np.int64)),
             Table("gate", lambda: np.clip(self.gate, -self.taps, self.taps + 1).reshape(o // pe, pe)),
         )
         m = self.merge
         merge = "ql::PlainMerge" if m is None else f"ql::FixedMerge<{m.msb}, {m.lsb}, {m.fraction_in}, {m.shift}, {m.lo}, {m.hi}>"
         places, number = y.shape[1] * y.shape[2], carrier(self.magnitude(*x))
         products = matvec(number, places, self.groups, o // self.groups // pe, kh * kw * per_group // (simd * taps),
-                          window.output, port(y, pe), tables, "fractional_conv2d.hpp", "ql::gated_matvec", (merge,),
+                          window.output, port(y, pe), tables, "fractional_conv2d.hpp", "ql::gated_matvec", (merge, any(self.padding)),
                           front.silence)  # fmt: skip
         return Call((products,) if side_by_side(self.window) else (window, products))
 

@@ -14,7 +14,8 @@ from quantlib.hls import project, writer
 from quantlib.schedule import Folding
 
 # Tables that src/network.hpp lays out: `memory_pragmas` in quantlib/hls/network.py, from the second dimension on.
-LAID_OUT = {(kernel, "weight"): 2 for kernel in ("matvec", "gated_matvec", "depthwise", "saturating_dense")}
+KERNELS = ("matvec", "matvec_of", "gated_matvec", "depthwise", "depthwise_of", "saturating_dense")
+LAID_OUT = {(kernel, "weight"): 2 for kernel in KERNELS}
 
 KERNEL = """
 template <unsigned N, typename T>

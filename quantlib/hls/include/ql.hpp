@@ -69,6 +69,92 @@ dot:
     return sum;
 }
 
+// sum of x[i] with the signs w[i]: 1 is plus, 0 is minus
+template <typename A, typename T, typename W, unsigned N> inline A signed_sum(const T (&x)[N], const W (&w)[N]) {
+#pragma HLS INLINE
+    A sum = 0;
+signs:
+    for (unsigned i = 0; i < N; ++i) {
+#pragma HLS UNROLL
+        sum += w[i] ? A(x[i]) : A(-A(x[i]));
+    }
+    return sum;
+}
+
+// N bits in words of 64. In hardware a word is wires: bits that nobody sets are constants and vanish.
+template <unsigned N> struct Bits {
+    static const unsigned WORDS = (N + 63) / 64;
+    uint64_t word[WORDS];
+};
+template <unsigned N> inline void set_bit(Bits<N>& to, unsigned i, bool value) {
+#pragma HLS INLINE
+    if (i % 64 == 0) to.word[i / 64] = 0;
+    to.word[i / 64] |= uint64_t(value) << (i % 64);
+}
+template <typename W, unsigned N> inline Bits<N> packed(const W (&w)[N]) {
+#pragma HLS INLINE
+    Bits<N> bits;
+pack:
+    for (unsigned i = 0; i < N; ++i) {
+#pragma HLS UNROLL
+        set_bit(bits, i, w[i] != 0);
+    }
+    return bits;
+}
+// Ones among the bits: six at a time, whose count is a function of six inputs, then a tree of adders.
+template <unsigned N> inline unsigned ones(const Bits<N>& bits) {
+#pragma HLS INLINE
+    unsigned sum = 0;
+words:
+    for (unsigned k = 0; k < Bits<N>::WORDS; ++k) {
+#pragma HLS UNROLL
+        for (unsigned i = 0; i < 64; i += 6) {
+#pragma HLS UNROLL
+            const unsigned six = unsigned(bits.word[k] >> i) & 63;
+            sum += (six & 1) + (six >> 1 & 1) + (six >> 2 & 1) + (six >> 3 & 1) + (six >> 4 & 1) + (six >> 5);
+        }
+    }
+    return sum;
+}
+// Sum of signs times signs, both as bits, over the places that are shown: XNOR, then twice the ones that agree less all that are shown.
+template <typename A, unsigned N> inline A agreement(const Bits<N>& x, const Bits<N>& w, const Bits<N>& shown) {
+#pragma HLS INLINE
+    Bits<N> same;
+xnor:
+    for (unsigned k = 0; k < Bits<N>::WORDS; ++k) {
+#pragma HLS UNROLL
+        same.word[k] = ~(x.word[k] ^ w.word[k]) & shown.word[k];
+    }
+    return A(2 * int(ones(same)) - int(ones(shown)));
+}
+
+// How the products of a dot product are made: of integers; of integers with signs; of -1 and 1 (and 0, where ZEROS) with signs.
+struct Products {
+    template <typename A, typename T, typename W> static A term(T x, W w) { return A(x) * A(w); }
+    template <typename A, typename T, typename W, unsigned N> static A sum(const T (&x)[N], const W (&w)[N]) { return dot<A>(x, w); }
+};
+struct Signs {
+    template <typename A, typename T, typename W> static A term(T x, W w) { return w ? A(x) : A(-A(x)); }
+    template <typename A, typename T, typename W, unsigned N> static A sum(const T (&x)[N], const W (&w)[N]) { return signed_sum<A>(x, w); }
+};
+template <bool ZEROS> struct Xnor {
+    template <typename A, typename T, typename W, unsigned N> static A sum(const T (&x)[N], const W (&w)[N]) {
+#pragma HLS INLINE
+#ifdef QL_SYNTHESIS_BODIES
+        Bits<N> plus, shown;
+    bits:
+        for (unsigned i = 0; i < N; ++i) {
+#pragma HLS UNROLL
+            set_bit(plus, i, x[i] > 0);
+            set_bit(shown, i, !ZEROS || x[i] != 0);
+        }
+        return agreement<A>(plus, packed(w), shown);
+#else
+        return signed_sum<A>(x, w);
+#endif
+    }
+};
+
 // number of thresholds t[0] <= t[1] <= ... that v reaches
 template <typename A, typename T, unsigned L> inline unsigned count(A v, const T (&t)[L]) {
 #pragma HLS INLINE

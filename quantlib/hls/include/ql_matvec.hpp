@@ -6,9 +6,10 @@ namespace ql {
 
 // For each of VECTORS vectors per image and each of GROUPS groups: NF * PE results from SF * SIMD inputs. The inputs of a group are read once and
 // held. Row (g * NF + nf) * SF + sf of the weights belongs to that iteration. Iterations per image: VECTORS * GROUPS * NF * SF.
-template <typename A, unsigned VECTORS, unsigned GROUPS, unsigned NF, unsigned SF, typename TI, typename TO, typename TW, unsigned ROWS, unsigned PE,
-          unsigned SIMD>
-void matvec(hls::stream<Word<TI, SIMD>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][PE][SIMD], unsigned images) {
+// P makes the products: Products, or Signs and Xnor, whose weights are bits.
+template <typename P, typename A, unsigned VECTORS, unsigned GROUPS, unsigned NF, unsigned SF, typename TI, typename TO, typename TW, unsigned ROWS,
+          unsigned PE, unsigned SIMD>
+void matvec_of(hls::stream<Word<TI, SIMD>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][PE][SIMD], unsigned images) {
     static_assert(ROWS == GROUPS * NF * SF, "one row of weights per iteration");
     Word<TI, SIMD> held[SF];
     A acc[PE];
@@ -25,7 +26,7 @@ products:
     lanes:
         for (unsigned p = 0; p < PE; ++p) {
 #pragma HLS UNROLL
-            acc[p] = (sf == 0 ? A(0) : acc[p]) + dot<A>(x.v, weight[row][p]);
+            acc[p] = (sf == 0 ? A(0) : acc[p]) + P::template sum<A>(x.v, weight[row][p]);
         }
         ++row;
         if (++sf == SF) {
@@ -45,6 +46,13 @@ products:
             }
         }
     }
+}
+
+template <typename A, unsigned VECTORS, unsigned GROUPS, unsigned NF, unsigned SF, typename TI, typename TO, typename TW, unsigned ROWS, unsigned PE,
+          unsigned SIMD>
+void matvec(hls::stream<Word<TI, SIMD>>& in, hls::stream<Word<TO, PE>>& out, const TW (&weight)[ROWS][PE][SIMD], unsigned images) {
+#pragma HLS INLINE
+    matvec_of<Products, A, VECTORS, GROUPS, NF, SF>(in, out, weight, images);
 }
 
 }  // namespace ql
