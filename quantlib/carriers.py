@@ -1,13 +1,15 @@
 """Steps of the torch carriers: for some ops a form that is faster than their own `evaluate` and gives the same integers.
 
-Tables are put on the device once. Thresholds and multiply-shifts become clamp(floor(a*n + b)) where that is proven: the expression is
-monotone in n whatever its rounding, so it is right everywhere when it is right on both sides of every threshold and at the ends of the
-interval, and exactly this expression is run there, in the carrier and on the device that will run it. Channels that fail are compared.
+Tables are put on the device once. Convolutions of bytes run as such where oneDNN has them and the sums are proven. Thresholds and
+multiply-shifts become clamp(floor(a*n + b)) where that is proven: the expression is monotone in n whatever its rounding, so it is right
+everywhere when it is right on both sides of every threshold and at the ends of the interval, and exactly this expression is run there, in
+the carrier and on the device that will run it. Channels that fail are compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from quantlib.ops._lattice import count_reached, signed
 from quantlib.ops._window import conv2d
 
 Step = Callable[..., Tensor]
+Geometry = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]  # stride, padding, dilation, groups
 TABLE = 1 << 18  # thresholds of an op up to which a line through them is looked for
 SEARCH = 64  # rounds of the search for a slope: each takes a third off
 FEW_BAD = 0.25  # channels without a line that are worth an exception
@@ -149,21 +152,74 @@ def _laid(weight: np.ndarray, like: Tensor) -> Tensor:
     return w if like.is_cuda else w.contiguous(memory_format=torch.channels_last)
 
 
+def _byte_convolution(weight: np.ndarray, x: IntType, geometry: Geometry, like: Tensor) -> Step | None:
+    """The convolution as products of unsigned and signed bytes (oneDNN), its sums as float32; None where that is not proven exact.
+
+    x is shifted up to 0..255 and its zero point undone inside. No sum reaches 2^24, so float32 holds it, nor any partial sum 2^31; that
+    pairs of products are not cut off at 16 bits, as processors without VNNI do, is seen once by running the greatest.
+    """
+    stride, (t, b, left, r), dilation, groups = geometry
+    lo, hi = min(x.lo, 0), max(x.hi, 0)
+    sums = int(np.abs(weight).reshape(len(weight), -1).sum(1).max())
+    small = hi - lo <= 255 and weight.min() >= -128 and weight.max() <= 127 and sums * max(-lo, hi) < 1 << 24 and 512 * sums < 1 << 31
+    if like.is_cuda or like.dtype is not torch.float32 or not small or (t, left) != (b, r) or not bytes_work():
+        return None
+    return _prepacked(torch.from_numpy(weight.astype(np.int8)), -lo, list(stride), [t, left], list(dilation), groups)
+
+
+def _prepacked(weight: Tensor, zero: int, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Step:
+    one, none = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
+    packed = torch.ops.onednn.qconv_prepack(weight, one, 1.0, zero, stride, padding, dilation, groups, None)
+
+    def apply(x: Tensor) -> Tensor:
+        q = (x + zero if zero else x).to(torch.uint8)
+        result: Tensor = torch.ops.onednn.qconv2d_pointwise(
+            q, 1.0, zero, packed, one, none, None, stride, padding, dilation, groups, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return result
+
+    return apply
+
+
+@cache
+def bytes_work() -> bool:
+    """Whether this torch has oneDNN's convolutions of bytes and this processor gives their exact sums, the greatest and smallest among
+    them. They are no public interface: seen once per process, by running them."""
+    random = torch.Generator().manual_seed(0)
+    try:
+        for channels, outputs, size, groups in ((64, 32, 3, 1), (48, 64, 1, 1), (3, 16, 3, 1), (16, 16, 3, 16), (32, 16, 3, 2)):
+            x = torch.randint(0, 256, (2, channels, 9, 7), generator=random)
+            weight = torch.randint(-128, 128, (outputs, channels // groups, size, size), generator=random)
+            x[0], weight[0], weight[1] = 255, 127, -128
+            got = _prepacked(weight.to(torch.int8), 5, [1, 1], [size // 2] * 2, [1, 1], groups)((x - 5).float())
+            if not torch.equal(got.long(), F.conv2d(x - 5, weight, None, 1, size // 2, 1, groups)):
+                return False
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def _convolution(weight: np.ndarray, x: IntType, geometry: Geometry, like: Tensor) -> Step:
+    found = _byte_convolution(weight, x, geometry, like)
+    if found is not None:
+        return found
+    laid = _laid(weight, like)
+    return lambda v: conv2d(v, laid, *geometry)
+
+
 def _conv2d(op: ops.Conv2d, types: tuple[IntType, ...], like: Tensor) -> Step:
-    weight = _laid(op.weight, like)
-    return lambda x: conv2d(x, weight, op.stride, op.padding, op.dilation, op.groups)
+    return _convolution(op.weight, types[0], (op.stride, op.padding, op.dilation, op.groups), like)
 
 
 def _fractional(op: ops.FractionalConv2d, types: tuple[IntType, ...], like: Tensor) -> Step:
-    weight, gate, merge = _laid(op.weight, like), constant(op.gate, like).reshape(1, -1, 1, 1), op.merge
-    conv = lambda x: conv2d(x, weight, op.stride, op.padding, (1, 1), op.groups)  # noqa: E731
+    gate, merge = constant(op.gate, like).reshape(1, -1, 1, 1), op.merge
+    conv = _convolution(op.weight, IntType(types[0].shape, -1, 1), (op.stride, op.padding, (1, 1), op.groups), like)
 
     def apply(x: Tensor) -> Tensor:
         high = x.sign()
-        m = conv(high)
-        if merge is None:
-            return torch.where(m >= gate, conv(x), m + m)  # 2M + L
-        return merge(m, conv(torch.sub(x, high, alpha=2)).mul_(m >= gate))
+        m, low = conv(torch.cat([high, torch.sub(x, high, alpha=2)])).chunk(2)  # both planes in one call
+        low = low * (m >= gate)
+        return low.add_(m, alpha=2) if merge is None else merge(m, low)
 
     return apply
 
@@ -183,12 +239,13 @@ def _max_pool(op: ops.MaxPool, types: tuple[IntType, ...], like: Tensor) -> Step
 def _thermometer(op: ops.Thermometer, types: tuple[IntType, ...], like: Tensor) -> Step | None:
     t = types[0]
     span = np.arange(t.lo, t.hi + 1)
-    if like.is_cuda or len(op.thresholds) != 1 or len(span) * op.thresholds.shape[1] > TABLE or len(t.shape) != 3:
+    if like.is_cuda or len(span) * op.thresholds.size > TABLE or len(t.shape) != 3:
         return None
-    table = constant(2 * (span[:, None] >= op.thresholds) - 1, like)
+    table = constant(2 * (span[:, None] >= op.thresholds[:, None]) - 1, like).flatten(0, 1)
+    start = torch.arange(len(op.thresholds)) * len(span) - t.lo
 
     def apply(x: Tensor) -> Tensor:
-        rows = F.embedding((x - t.lo).permute(0, 2, 3, 1).long(), table)  # (N, H, W, C, bits)
+        rows = F.embedding(x.permute(0, 2, 3, 1).long() + start, table)  # (N, H, W, C, bits)
         return rows.flatten(3).permute(0, 3, 1, 2)
 
     return apply

@@ -101,3 +101,52 @@ def test_examples_of_every_op_with_a_form(name: str, i: int, dtype: torch.dtype)
     laid = [c.to(dtype).contiguous(memory_format=torch.channels_last) if c.dim() == 4 else c.to(dtype) for c in codes]
     got = carriers.step(op, types, dtype, CPU)(*laid)
     assert torch.equal(got.to(torch.int64), op.evaluate(*codes))
+
+
+BYTES = {
+    "signs": (-1, 1, 2),
+    "two bits": (-3, 3, 2),
+    "unsigned": (0, 15, 1),
+    "byte": (0, 255, 1),
+    "int8": (-128, 127, 1),
+    "above": (3, 9, 1),
+}
+
+
+@pytest.mark.parametrize("bytes_work", [True, False])
+@pytest.mark.parametrize("interval", BYTES)
+@pytest.mark.parametrize("seed", range(5))
+def test_convolutions_of_any_geometry(interval: str, seed: int, bytes_work: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bytes where oneDNN has them, float32 elsewhere: strides, dilation, one-sided padding, groups; extreme codes."""
+    if not bytes_work:
+        monkeypatch.setattr(carriers, "bytes_work", lambda: False)
+    rng = np.random.default_rng([seed, *map(ord, interval)])
+    groups, per_group, outputs = int(rng.choice([1, 2, 5])), int(rng.choice([1, 3, 16, 40])), int(rng.choice([1, 5, 16]))
+    kernel, sides = rng.integers(1, 4, 2), [int(p) for p in rng.integers(0, 3, 2)]
+    padding = (sides[0], sides[0], sides[1], sides[1]) if seed % 3 else (sides[0], 1, 0, sides[1])
+    stride, dilation = ((int(rng.integers(1, 3)), int(rng.integers(1, 3))) for _ in range(2))
+    weight = rng.integers(-128, 128, (outputs * groups, per_group, *kernel))
+    weight[0] = 127
+    op = ops.Conv2d(weight, stride, padding, dilation, groups)
+    lo, hi, step = BYTES[interval]
+    t = IntType((per_group * groups, 8, 9), lo, hi, step=step)
+    codes = rng.integers(0, t.levels, (4, *t.shape))
+    codes[0], codes[1] = 0, t.levels - 1
+    x = torch.from_numpy(codes * step + lo)
+    assert op.magnitude(t) < 1 << 24
+    got = carriers.step(op, (t,), torch.float32, CPU)(x.float().contiguous(memory_format=torch.channels_last))
+    assert torch.equal(got.to(torch.int64), op.evaluate(x))
+
+
+def test_bytes_are_not_asked_to_hold_what_they_cannot() -> None:
+    """Sums of 2^24 and codes of nine bits are left to the floats, whatever the machine."""
+    far = IntType((600, 2, 2), 0, 255)
+    weight = np.full((1, 600, 1, 1), 127)
+    assert 255 * 127 * 600 >= 1 << 24
+    geometry = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    like = torch.empty(0)
+    assert carriers._byte_convolution(weight, far, geometry, like) is None
+    assert carriers._byte_convolution(weight[:, :100], IntType((100, 2, 2), 0, 256), geometry, like) is None
+    assert carriers._byte_convolution(weight[:, :100] + 1, IntType((100, 2, 2), 0, 3), geometry, like) is None
+    one_sided = ((1, 1), (0, 1, 0, 0), (1, 1), 1)
+    assert carriers._byte_convolution(weight[:, :100], IntType((100, 2, 2), 0, 3), one_sided, like) is None
