@@ -159,7 +159,7 @@ def synetgy() -> list[Row]:
         graph = graph_of("diracdeltanet_imagenet", weight_bits=bits, act_bits=4, **INTEGERS)
         rows.append(Row(f"Synetgy, {bits}/4 bits (Ultra96, ZU3EG)", MHZ * 1e6 / fps, fps, *published))
         rows.append(planned("one engine for all layers, ZU3EG, as fast as fits", ql.layerwise.estimate(graph, "xczu3eg", clock_mhz=MHZ)))
-        rows.append(planned("a stage per layer, ZU7EV, that frame rate", ql.estimate(graph, "xczu7ev", fps, clock_mhz=MHZ)))
+        rows.append(planned("a stage per layer, ZU9EG, that frame rate", ql.estimate(graph, "xczu9eg", fps, clock_mhz=MHZ)))
     return rows
 
 
@@ -198,7 +198,7 @@ FULL_SIZE: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("ultranet_dacsdc", {}, "xczu3eg"),
     ("ultranet_bypass_dacsdc", {}, "xczu3eg"),
     ("skynet_dacsdc", {}, "xczu3eg"),
-    ("diracdeltanet_imagenet", {"weight_bits": 4, "act_bits": 4, **INTEGERS}, "xczu7ev"),
+    ("diracdeltanet_imagenet", {"weight_bits": 4, "act_bits": 4, **INTEGERS}, "xczu9eg"),
     ("proxylessnas_4b5b_imagenet", {}, "xcu250"),
     ("mobilenet_v2_imagenet", {"weight_bits": 4, "act_bits": 4}, "xcu250"),
 )
