@@ -113,6 +113,18 @@ def test_cost_counts_bus_words_and_no_memory(nets: ModuleType, tmp_path: Path) -
     assert f"pe 8, simd 3, taps 3, weights from memory; {plans['stream'].cycles:,} cycles" in text
 
 
+def test_weights_of_plus_and_minus_one(nets: ModuleType, tmp_path: Path) -> None:
+    net = nets.Net(nets.Input((40, 3, 3), -1, 1))
+    net.add("conv", nets.Conv2d(2 * net.rng.integers(0, 2, (6, 40, 3, 3)) - 1, padding=(1, 1, 1, 1)), "x")
+    graph = net.graph("conv")
+    plan = ql.estimate(graph, schedule=Schedule.of(graph, {"conv": Folding(3, 40, "stream")}))
+    made = ql.export(graph, tmp_path / "p", plan=plan)
+    (feed,) = made.net.feeds
+    assert feed.bits == 2 and feed.words == 4 and plan.cycles == feed.iterations == 9 * 2 * 9 * 4
+    x = nets.codes(graph, 2)
+    assert torch.equal(made.csim(x, integers=True)["conv"], nets.definition(graph, x)["conv"])
+
+
 def test_what_cannot_be_streamed_is_refused(nets: ModuleType, tmp_path: Path) -> None:
     graph, folding = nets.everything()
     for node in ("dw", "frac", "a"):
