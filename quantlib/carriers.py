@@ -236,6 +236,30 @@ def _max_pool(op: ops.MaxPool, types: tuple[IntType, ...], like: Tensor) -> Step
     return lambda x: F.max_pool2d(x, op.kernel, op.stride, (t, left), op.dilation)
 
 
+def _shift(op: ops.Shift, types: tuple[IntType, ...], like: Tensor) -> Step:
+    """One copy for all channels that move alike, as a slice where they lie side by side."""
+    channels, height, width = types[0].shape
+    moves = np.stack([np.broadcast_to(op.dy, channels), np.broadcast_to(op.dx, channels)], 1)
+    copies = []
+    for dy, dx in np.unique(moves, axis=0).tolist():
+        which = np.flatnonzero((moves == (dy, dx)).all(1))
+        beside = len(which) == which[-1] - which[0] + 1
+        place = slice(int(which[0]), int(which[-1]) + 1) if beside else torch.from_numpy(which).to(like.device)
+        spans = [(max(0, -d), max(0, min(size, size - d)), d) for d, size in ((dy, height), (dx, width))]
+        (top, bottom, _), (left, right, _) = spans
+        if top < bottom and left < right:
+            to = (slice(None), place, slice(top, bottom), slice(left, right))
+            copies.append((to, (slice(None), place, slice(top + dy, bottom + dy), slice(left + dx, right + dx))))
+
+    def apply(x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for to, source in copies:
+            y[to] = x[source]
+        return y
+
+    return apply
+
+
 def _thermometer(op: ops.Thermometer, types: tuple[IntType, ...], like: Tensor) -> Step | None:
     t = types[0]
     span = np.arange(t.lo, t.hi + 1)
@@ -258,5 +282,6 @@ FORMS: dict[type, Callable[..., Step | None]] = {
     ops.FractionalConv2d: _fractional,
     ops.Dense: _dense,
     ops.MaxPool: _max_pool,
+    ops.Shift: _shift,
     ops.Thermometer: _thermometer,
 }

@@ -150,3 +150,18 @@ def test_bytes_are_not_asked_to_hold_what_they_cannot() -> None:
     assert carriers._byte_convolution(weight[:, :100] + 1, IntType((100, 2, 2), 0, 3), geometry, like) is None
     one_sided = ((1, 1), (0, 1, 0, 0), (1, 1), 1)
     assert carriers._byte_convolution(weight[:, :100], IntType((100, 2, 2), 0, 3), one_sided, like) is None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_shifts_of_any_channels(seed: int) -> None:
+    """Groups side by side and scattered, moves beyond the map, one move for all."""
+    rng = np.random.default_rng(seed)
+    channels = 1 if seed == 5 else 12
+    dy, dx = rng.integers(-5, 6, channels), rng.integers(-2, 3, channels)
+    if seed % 2:
+        dy, dx = np.sort(dy // 3), np.zeros(channels, dtype=np.int64)
+    op, t = ops.Shift(dy, dx), IntType((12, 4, 5), -9, 9)
+    x = torch.from_numpy(rng.integers(-9, 10, (3, *t.shape)))
+    for form in (torch.contiguous_format, torch.channels_last):
+        got = carriers.step(op, (t,), torch.float32, CPU)(x.float().contiguous(memory_format=form))
+        assert torch.equal(got.long(), op.evaluate(x))
