@@ -43,7 +43,7 @@ def _library() -> ctypes.CDLL | None:
     from quantlib.engine.build import Unavailable, compiled, flags
 
     body = os.environ.get("QUANTLIB_ENGINE") or "native"
-    if body == "torch":
+    if body not in ("native", "portable"):
         return None
     try:
         handle = ctypes.CDLL(str(compiled(f"quantizers-{body}", SOURCE, (*flags(body), *EXACT), [SOURCE])))
