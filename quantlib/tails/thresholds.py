@@ -134,14 +134,13 @@ def bisected(value: Map, edge: Edge, grid: Grid) -> ops.Op:
     # invariant: code(sign * n) < level at `below`, >= level at `above`; the ends are virtual.
     low_end, high_end = np.where(sign > 0, t.lo, -t.hi), np.where(sign > 0, t.hi, -t.lo)
     below, above = np.broadcast_to(low_end - 1, (channels, count)).copy(), np.broadcast_to(high_end + 1, (channels, count)).copy()
-    while (above - below > 1).any():
-        middle = (below + above) // 2
-        middle = np.clip(middle, low_end, high_end)
-        codes = codes_of(value, {edge.name: real_of(edge, (sign * middle).T)}, grid).T
-        reached = codes >= levels
-        open_ = above - below > 1
-        above = np.where(open_ & reached, middle, above)
-        below = np.where(open_ & ~reached, middle, below)
+    while (open_ := above - below > 1).any():
+        middle = below + above
+        middle >>= 1
+        np.clip(middle, low_end, high_end, out=middle)
+        reached = codes_of(value, {edge.name: real_of(edge, (sign * middle).T)}, grid).T >= levels
+        np.copyto(above, middle, where=open_ & reached)
+        np.copyto(below, middle, where=open_ & ~reached)
     if count > FEW_LEVELS and grid.step == 1 and value.pre is not None:
         op = fit_between(value, edge, above, sign, low_end, high_end, grid)
         if op is not None:
