@@ -155,7 +155,7 @@ ALL = ("qonnx", "onnxruntime", "hls4ml")
 CASES: dict[str, Case] = {
     "fracbnn_digits": Case(_zoo("fracbnn_digits"), (1, 8, 8), 64, 16, ("qonnx", "onnxruntime"), quick=True),
     "powers_of_two": Case(powers, (3, 16, 16), 64, 16, ALL, quick=True),
-    "cnv_1bit": Case(lambda: cnv(1), (3, 32, 32), 32, 4, ("qonnx", "onnxruntime"), quick=True),
+    "cnv_1bit": Case(lambda: cnv(1), (3, 32, 32), 32, 4, ("qonnx", "onnxruntime")),
     "cnv_2bit": Case(lambda: cnv(2), (3, 32, 32), 32, 4, ("qonnx", "onnxruntime"), quick=True),
     "fracbnn_cifar10": Case(_zoo("fracbnn_cifar10", fixed_point=FixedPoint(12, 6)), (3, 32, 32), 32, 1, ("qonnx",)),
     "vggtiny_cifar10": Case(_zoo("vggtiny_cifar10"), (3, 32, 32), 32, 4),

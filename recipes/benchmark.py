@@ -99,7 +99,7 @@ def imports(rounds: int) -> list[dict[str, Any]]:
             taken.setdefault(name, []).append(done.stdout.split())
     rows = []
     for name, results in taken.items():
-        seconds = sorted(float(r[0]) for r in results[1:])  # the first fills the disk cache
+        seconds = sorted(float(r[0]) for r in results[1:] or results)  # the first fills the disk cache
         rows.append({"import": name, "seconds": seconds[len(seconds) // 2], "modules": int(results[0][1]), "brevitas": results[0][2]})
     return rows
 
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     console.print(f"{config}\n{report['machine']}\n", highlight=False)
     parts: list[tuple[str, Callable[[], Any]]] = []
     if "imports" in sections:
-        parts.append(("imports", lambda: report.update(imports=imports(min(config.rounds, 3)))))
+        parts.append(("imports", lambda: report.update(imports=imports(0 if config.quick else min(config.rounds, 3)))))
     for name in names:
         parts.append((name, lambda name=name: report["networks"].append(child(config, name))))  # type: ignore[misc]
     for section in ("training", "size"):
