@@ -60,6 +60,7 @@ void engine(const Bus* program, const Bus* weights, const Bus* tables, const Bus
 #pragma HLS ARRAY_PARTITION variable = micros dim = 1 complete
 #pragma HLS BIND_STORAGE variable = micros type = ram_2p impl = lutram
 #pragma HLS ARRAY_PARTITION variable = addresses dim = 1 complete
+#pragma HLS ARRAY_PARTITION variable = addresses dim = 2 cyclic factor = 16
 images:
     for (unsigned n = 0; n < images; ++n) {
         const Bus head = program[0];

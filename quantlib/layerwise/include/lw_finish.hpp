@@ -38,6 +38,24 @@ template <typename E> struct Registers {
     typedef ap_int<E::VALUE_BITS> type[E::REGISTERS][E::BLOCK][LANES];
 };
 
+// All registers of a place at once: one read of every memory. Which of them an operation takes is a choice behind it.
+template <typename E> struct Row {
+    Vector<E> x[E::REGISTERS];
+};
+
+template <typename E> Row<E> read(const typename Registers<E>::type& value, unsigned i) {
+#pragma HLS INLINE
+    Row<E> row;
+    for (unsigned k = 0; k < E::REGISTERS; ++k) {
+#pragma HLS UNROLL
+        for (unsigned p = 0; p < LANES; ++p) {
+#pragma HLS UNROLL
+            row.x[k].v[p] = value[k][i][p];
+        }
+    }
+    return row;
+}
+
 template <typename E> Vector<E> get(const typename Registers<E>::type& value, unsigned k, unsigned i) {
 #pragma HLS INLINE
     Vector<E> x;
@@ -225,7 +243,8 @@ tiles:
 #pragma HLS DEPENDENCE variable = value inter false
                             LW_COUNT(FINISH);
                             const unsigned place = streams ? order.index(cols) : i;
-                            Vector<E> in, a, b, y;
+                            const Row<E> held = read<E>(value, place);
+                            Vector<E> in = held.x[0], a, b, y;
                             if (x == 0) {
                                 unpack.start();
                                 pack.start();
@@ -236,11 +255,13 @@ tiles:
                             } else if (streams) {
                                 in = ys.read();
                             }
-                            if (fresh >= 0) put<E>(value, unsigned(fresh), place, in);
-                            a = m.a == fresh ? in : get<E>(value, unsigned(m.a), place);
-                            b = m.b == fresh ? in : get<E>(value, m.b < 0 ? 0 : unsigned(m.b) % E::REGISTERS, place);
-                            y = operate<E>(m, a, b, get<E>(value, unsigned(m.to), place), table, constant);
-                            put<E>(value, unsigned(m.to), place, y);
+                            a = m.a == fresh ? in : held.x[unsigned(m.a)];
+                            b = m.b == fresh ? in : held.x[m.b < 0 ? 0 : unsigned(m.b) % E::REGISTERS];
+                            y = operate<E>(m, a, b, held.x[unsigned(m.to)], table, constant);
+                            for (unsigned r = 0; r < E::REGISTERS; ++r) {  // one write of every memory
+#pragma HLS UNROLL
+                                if (int(r) == m.to || int(r) == fresh) put<E>(value, r, place, int(r) == m.to ? y : in);
+                            }
                             if (stores) pack.put(last.format(), y, 0, results);
                             if (++x == cols) {
                                 x = 0;

@@ -82,11 +82,24 @@ template <typename E> struct Xnor {
         if (t.x < 0 || t.x >= s[WIDTH]) return;
         const uint32_t valid = t.g == s[GROUPS_IN] - 1 && s[LAST_IN] < int(LANES) ? (uint32_t(1) << s[LAST_IN]) - 1 : 0xffffffffu;
         const int all = popcount(valid), top = t.tile * s[STRIDE_H] - s[TOP];
+        // one read of every bank: at most one of the rows lies in it
+        uint64_t word[BANKS];
+#pragma HLS ARRAY_PARTITION variable = word complete
+        for (unsigned bank = 0; bank < BANKS; ++bank) {
+#pragma HLS UNROLL
+            unsigned line = 0;
+            for (unsigned r = 0; r < ROWS; ++r) {
+#pragma HLS UNROLL
+                const unsigned row = unsigned(t.row + int(r) * s[STRIDE_H]);
+                if (int(r) < t.rows && row % BANKS == bank && top + int(row) >= 0 && top + int(row) < s[HEIGHT]) line = row / BANKS;
+            }
+            word[bank] = tile[bank][(line * unsigned(t.stored) + unsigned(t.g)) * unsigned(s[WIDTH]) + unsigned(t.x)];
+        }
         for (unsigned r = 0; r < ROWS; ++r) {
 #pragma HLS UNROLL
             const int row = t.row + int(r) * s[STRIDE_H];
             if (int(r) >= t.rows || top + row < 0 || top + row >= s[HEIGHT]) continue;
-            const uint64_t both = tile[unsigned(row) % BANKS][(unsigned(row) / BANKS * unsigned(t.stored) + unsigned(t.g)) * unsigned(s[WIDTH]) + unsigned(t.x)];
+            const uint64_t both = word[unsigned(row) % BANKS];
             const uint32_t a = uint32_t(both >> 32), b = uint32_t(both);
             for (unsigned o = 0; o < LANES; ++o) {
 #pragma HLS UNROLL
@@ -304,6 +317,7 @@ template <typename E> void whole(const Step& s, hls::stream<Bus>& xs, hls::strea
     const Format format = {s[BITS], s[SHIFT], s.f[BIAS]};
     Unpacker<E> unpack;
     ap_int<E::VALUE_BITS> sum[LANES];
+#pragma HLS ARRAY_PARTITION variable = sum complete
 groups:
     for (int g = 0; g < s[GROUPS_OUT]; ++g) {
         bool any = false;
@@ -341,7 +355,10 @@ template <typename E> void saturate(const Step& s, const uint32_t (&addresses)[E
     const unsigned TERM_WORDS = E::WINDOW_BITS / 16, EACH = LANES / TERM_WORDS;
     Unpacker<E> unpack;
     ap_int<E::LANE_BITS> x[E::SATURATE][LANES];
+#pragma HLS ARRAY_PARTITION variable = x dim = 2 complete
     int64_t sum[LANES], row[LANES];
+#pragma HLS ARRAY_PARTITION variable = sum complete
+#pragma HLS ARRAY_PARTITION variable = row complete
 load_groups:
     for (int g = 0; g < s[GROUPS_IN]; ++g) {
         unpack.start();
