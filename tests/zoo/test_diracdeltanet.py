@@ -254,7 +254,7 @@ def test_shift_shuffle_concat_and_pool_multiply_nothing(reduced, root, tmp_path)
         code = re.sub(r"//[^\n]*", "", (root / f"quantlib/ops/{header}.hpp").read_text())
         data = re.findall(r"\.v\[[^]]*\]\s*\*|\*\s*\w+\.v\[", code)
         assert not data, f"{header}.hpp multiplies what it carries: {data}"
-    assert sum(k == "matvec" for _, k, _ in stages) == sum(isinstance(n.op, ops.Conv2d | ops.Dense) for n in graph)
+    assert sum(k in ("matvec", "packed") for _, k, _ in stages) == sum(isinstance(n.op, ops.Conv2d | ops.Dense) for n in graph)
 
 
 def test_image_of_a_graph_is_the_pixel(reduced):
