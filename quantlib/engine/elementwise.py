@@ -15,7 +15,8 @@ STEPS = "LOAD STORE ADD REQUANT COMPARE SEARCH LOOKUP DIGIT JOIN MULTIPLY GATE O
 ELEMENTWISE = (ops.Add, ops.Multiply, ops.Requant, ops.Threshold, ops.Lut, ops.Join, ops.AffineJoin)
 BLOCK = 256  # elements per block at least
 LONGEST = 8  # ops per group: slots and constants stay in the first cache
-COMPARES = 15  # more levels are searched or looked up
+COMPARES = 15  # levels of a join that are compared; more are searched
+VECTORS = 63  # levels of a threshold that are compared, sixteen elements at a time; more are looked up or searched
 LOOKUPS = 1 << 18
 
 
@@ -154,7 +155,7 @@ class _Steps:
         """-x >= t says x < 1 - t: channels with sign -1 count the reached 1 - t downwards."""
         channels, levels = max(len(thresholds), len(sign)), thresholds.shape[1]
         t, base, steps = upward(np.broadcast_to(thresholds, (channels, levels)), np.broadcast_to(sign, (channels,)), lo, step, span)
-        if levels <= COMPARES:
+        if levels <= VECTORS:
             self.add("COMPARE", source, y, levels, self.laid(base), self.laid(steps), self.laid(t.T))
         elif channels * (span[1] - span[0] + 1) <= LOOKUPS:
             codes = np.arange(span[0], span[1] + 1)
