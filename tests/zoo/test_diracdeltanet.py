@@ -240,7 +240,7 @@ def test_shift_shuffle_concat_and_pool_multiply_nothing(reduced, root, tmp_path)
     assert sum(row.cost.dsp for row in plan.rows if row.name in free) == 0 and plan.total.dsp > 0
     ql.export(graph, tmp_path / "hls", part="xczu9eg")
     text = (tmp_path / "hls/src/network.hpp").read_text()
-    stages = re.findall(r'QL_STAGE\("(\w+)", ql::(\w+)(?:<ql::(\w+))?', text)
+    stages = re.findall(r'QL_STAGE\("(\w+)",\s+ql::(\w+)(?:<ql::(\w+))?', text)
     of_free = {}
     for stage, kernel, first in stages:
         name = max((n for n in graph.by_name if stage.startswith(n.replace(".", "_") + "_")), key=len)
@@ -254,7 +254,7 @@ def test_shift_shuffle_concat_and_pool_multiply_nothing(reduced, root, tmp_path)
         code = re.sub(r"//[^\n]*", "", (root / f"quantlib/ops/{header}.hpp").read_text())
         data = re.findall(r"\.v\[[^]]*\]\s*\*|\*\s*\w+\.v\[", code)
         assert not data, f"{header}.hpp multiplies what it carries: {data}"
-    assert sum(k in ("matvec", "packed") for _, k, _ in stages) == sum(isinstance(n.op, ops.Conv2d | ops.Dense) for n in graph)
+    assert sum(k in ("matvec", "matvec_of", "packed") for _, k, _ in stages) == sum(isinstance(n.op, ops.Conv2d | ops.Dense) for n in graph)
 
 
 def test_image_of_a_graph_is_the_pixel(reduced):
