@@ -95,7 +95,7 @@ def _tables(op: Any, u: Unit, x: IntType) -> tuple[Table, ...]:
 
 
 def weight_table(op: Any, u: Unit, x: IntType) -> np.ndarray:
-    """(rows, words, simd, K): one row per iteration; a word holds the taps of a channel, last one first, or the channels of a tap."""
+    """(rows, words, K, simd): one row per iteration; a word holds the taps of a channel, last one first, or the channels of a tap."""
     weight, c, k = op.weight, u.cut, u.packing.weights
     if weight.ndim == 2:
         weight = weight[:, stream_order(np.arange(weight.shape[1]).reshape(x.shape))][:, :, None, None]
@@ -104,9 +104,9 @@ def weight_table(op: Any, u: Unit, x: IntType) -> np.ndarray:
     lanes = taps.transpose(0, 2, 4, 1, 3).reshape(u.blocks, u.pe, u.steps, u.simd, c.taps)
     if c.conv:
         lanes = np.pad(lanes, ((0, 0),) * 4 + ((0, -c.taps % k),)).reshape(u.blocks, u.pe, u.steps, u.simd, -1, k)
-        return lanes.transpose(0, 2, 1, 4, 3, 5).reshape(u.blocks * u.steps, u.words, u.simd, k)
+        return lanes.transpose(0, 2, 1, 4, 5, 3).reshape(u.blocks * u.steps, u.words, k, u.simd)
     lanes = np.pad(lanes[..., 0], ((0, 0), (0, -u.pe % k), (0, 0), (0, 0))).reshape(u.blocks, u.words, k, u.steps, u.simd)
-    return lanes.transpose(0, 3, 1, 4, 2).reshape(u.blocks * u.steps, u.words, u.simd, k)
+    return lanes.transpose(0, 3, 1, 2, 4).reshape(u.blocks * u.steps, u.words, k, u.simd)
 
 
 def packed_cost(op: Any, x: IntType, y: IntType, folding: Folding) -> Cost:

@@ -181,7 +181,7 @@ def by_multiply_accumulate(op: Op, x: IntType, u: Unit, image: np.ndarray) -> np
     per_group = la.x[0] // u.groups
     flat = image if image.shape == la.x else np.moveaxis(image, 0, -1).reshape(la.x)  # a Dense reads in the order of the stream
     index = (flat - la.lo) // la.step
-    table = packed.weight_table(op, u, x).reshape(u.groups, -1, u.steps, u.words, *packed.weight_table(op, u, x).shape[2:])
+    table = packed.weight_table(op, u, x).reshape(u.groups, -1, u.steps, u.words, p.weights, u.simd).swapaxes(-1, -2)
     sums = np.zeros((la.y[0], la.y[1], u.cut.segments * u.cut.n + u.cut.taps - 1), np.int64)
     for row, s, g in itertools.product(range(la.y[1]), range(u.cut.segments), range(u.groups)):
         for step, (i, phase, part) in enumerate(itertools.product(range(la.kernel[0]), range(u.cut.phases), range(per_group // u.lanes))):

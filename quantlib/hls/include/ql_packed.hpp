@@ -29,9 +29,9 @@ template <typename P> inline typename P::Product slice(typename P::Acts acts, ty
     return product;
 }
 
-// y[i * FI + j * FJ] = sum over lanes l of x[i * SIMD + l] * w[l][j] over all i and j of the packing
+// y[i * FI + j * FJ] = sum over lanes l of x[i * SIMD + l] * w[j][l] over all i and j of the packing
 template <typename P, typename A, typename TW, unsigned IN, unsigned SIMD, unsigned K, unsigned FIELDS>
-inline void packed_dot(const A (&x)[IN], const TW (&w)[SIMD][K], A (&y)[FIELDS]) {
+inline void packed_dot(const A (&x)[IN], const TW (&w)[K][SIMD], A (&y)[FIELDS]) {
 #pragma HLS INLINE
     for (unsigned f = 0; f < FIELDS; ++f) {
 #pragma HLS UNROLL
@@ -67,7 +67,7 @@ parts:
                 }
                 for (unsigned j = 0; j < K; ++j) {
 #pragma HLS UNROLL
-                    const int64_t value = int64_t(w[l][j]) >> weight_shift;
+                    const int64_t value = int64_t(w[j][l]) >> weight_shift;
                     b[j] = lower_weight ? value & ((int64_t(1) << weight_bits) - 1) : value;
                     weights += b[j] * (int64_t(1) << (j * P::FJ * P::STRIDE));
                 }
@@ -97,9 +97,13 @@ parts:
         }
     }
 #else
-    for (unsigned l = 0; l < SIMD; ++l) {
-        for (unsigned i = 0; i < P::N; ++i) {
-            for (unsigned j = 0; j < K; ++j) y[i * P::FI + j * P::FJ] += x[i * SIMD + l] * A(w[l][j]);
+#pragma GCC unroll 16
+    for (unsigned i = 0; i < P::N; ++i) {
+#pragma GCC unroll 16
+        for (unsigned j = 0; j < K; ++j) {
+            A sum = 0;
+            for (unsigned l = 0; l < SIMD; ++l) sum += x[i * SIMD + l] * A(w[j][l]);
+            y[i * P::FI + j * P::FJ] += sum;
         }
     }
 #endif
@@ -115,7 +119,7 @@ parts:
 template <typename P, typename A, bool EACH, unsigned LINES, unsigned SEGMENTS, unsigned GROUPS, unsigned NF, unsigned SF, unsigned TAPS, unsigned E, int64_t LO, unsigned SHIFT,
           int SCALE, typename TI, typename TO, typename TW, typename TB, unsigned IN, unsigned OUT, unsigned ROWS, unsigned UNITS, unsigned SIMD,
           unsigned K, unsigned BASES, unsigned PE>
-void packed(hls::stream<Word<TI, IN>>& in, hls::stream<Word<TO, OUT>>& out, const TW (&weight)[ROWS][UNITS][SIMD][K], const TB (&base)[BASES][PE],
+void packed(hls::stream<Word<TI, IN>>& in, hls::stream<Word<TO, OUT>>& out, const TW (&weight)[ROWS][UNITS][K][SIMD], const TB (&base)[BASES][PE],
             unsigned images) {
     static_assert(ROWS == GROUPS * NF * SF && K == P::K && OUT == E * PE, "one row of weights per iteration of a segment");
     static_assert(EACH ? SIMD == 1 && IN == P::N * PE : IN == P::N * SIMD, "one lane per value");
@@ -224,7 +228,7 @@ products:
 // The same where the index 0 means 0.
 template <typename P, typename A, bool EACH, unsigned LINES, unsigned SEGMENTS, unsigned GROUPS, unsigned NF, unsigned SF, unsigned TAPS, unsigned E, int64_t LO, unsigned SHIFT,
           int SCALE, typename TI, typename TO, typename TW, unsigned IN, unsigned OUT, unsigned ROWS, unsigned UNITS, unsigned SIMD, unsigned K>
-void packed(hls::stream<Word<TI, IN>>& in, hls::stream<Word<TO, OUT>>& out, const TW (&weight)[ROWS][UNITS][SIMD][K], unsigned images) {
+void packed(hls::stream<Word<TI, IN>>& in, hls::stream<Word<TO, OUT>>& out, const TW (&weight)[ROWS][UNITS][K][SIMD], unsigned images) {
 #pragma HLS INLINE
     const int none[1][OUT / E] = {};
 #pragma HLS ARRAY_PARTITION variable = none complete dim = 0
