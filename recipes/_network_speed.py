@@ -35,6 +35,7 @@ import quantlib as ql
 import zoo
 from quantlib import evaluator
 from quantlib._modules import replace_module
+from quantlib.hls import ExportError
 from quantlib.layers import FixedPoint, FractionalConv2d, LearnedScaleReLU, ScaledIntConv2d, ScaledIntLinear, TruncAvgPool
 
 Shape = tuple[int, ...]
@@ -333,8 +334,11 @@ def measure(name: str, folder: Path, rounds: int, sections: Sequence[str], most:
         with engine("native"):
             row["engine"] = evaluator.engine(graph)
     if "csim" in sections and case.csim:
-        row["compile_seconds"] = timed(lambda: hls.csim(few[:1]))[0]
-        ways["csim, fast"] = len(few), lambda: hls.csim(few)
+        try:
+            row["compile_seconds"] = timed(lambda: hls.csim(few[:1]))[0]
+            ways["csim, fast"] = len(few), lambda: hls.csim(few)
+        except ExportError as error:  # no compiler
+            notes["csim"] = str(error).splitlines()[0]
     if "peers" in sections:
         for peer in case.peers:
             try:
