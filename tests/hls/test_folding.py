@@ -145,7 +145,7 @@ def check_compiled(drawn: list[tuple[Op, IntType, Folding]], folder: Path) -> No
 
 compiled = pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="kernels need a C++ compiler")
 # Compiled once per example, so nothing is shrunk: the failing case is printed as it is.
-once = {"deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "database": None}
+once: dict[str, Any] = {"deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "database": None}
 
 
 def every_kind(each: int) -> st.SearchStrategy[list[tuple[Op, IntType, Folding]]]:
