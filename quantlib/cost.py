@@ -34,10 +34,9 @@ class Cost:
 
     lut: 6-input LUTs; ff: flip-flops; dsp: DSP48 slices; bram18: block RAMs of 18 kbit; uram: UltraRAMs of 288 kbit;
     cycles: clock cycles per image in steady state (iterations of the slowest loop, II = 1);
-    fill: the share (0..1) of its input image that the node has to see before its first output word;
     pause: the share (0..1) of its cycles in which it reads nothing, one after the other: that much of an image waits in front of it.
 
-    `a + b` adds the resources and keeps the larger cycles, fill and pause: stages of a dataflow run at the same time.
+    `a + b` adds the resources and keeps the larger cycles and pause: stages of a dataflow run at the same time.
     """
 
     lut: int = 0
@@ -46,7 +45,6 @@ class Cost:
     bram18: int = 0
     uram: int = 0
     cycles: int = 0
-    fill: float = 0.0
     pause: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
@@ -57,22 +55,21 @@ class Cost:
             self.bram18 + other.bram18,
             self.uram + other.uram,
             max(self.cycles, other.cycles),
-            max(self.fill, other.fill),
             max(self.pause, other.pause),
         )
 
     def times(self, copies: int) -> Cost:
         """`copies` of the same hardware side by side; the time stays."""
         n = copies
-        return Cost(self.lut * n, self.ff * n, self.dsp * n, self.bram18 * n, self.uram * n, self.cycles, self.fill, self.pause)
+        return Cost(self.lut * n, self.ff * n, self.dsp * n, self.bram18 * n, self.uram * n, self.cycles, self.pause)
 
     def to_dict(self) -> dict[str, int | float]:
         return asdict(self)
 
 
-def loop(cycles: int, bits: int, fill: float = 0.0, pause: float = 0.0) -> Cost:
+def loop(cycles: int, bits: int, pause: float = 0.0) -> Cost:
     """The control of one pipelined loop: counters, handshakes and two pipeline registers of the word it moves (our estimate)."""
-    return Cost(lut=40 + 2 * max(cycles, 1).bit_length(), ff=40 + 2 * bits, cycles=cycles, fill=fill, pause=pause)
+    return Cost(lut=40 + 2 * max(cycles, 1).bit_length(), ff=40 + 2 * bits, cycles=cycles, pause=pause)
 
 
 def adder(bits: int) -> Cost:
@@ -250,7 +247,7 @@ def _window(x: tuple[tuple[int, ...], int], y: tuple[int, ...], window: Geometry
     written = cols * kernel[0] * kernel[1] * pixel // taps * rows * passes
     pause = last * fetched / cycles if written <= cycles else last / rows * (1 - silent / written)
     waiting = fifo(max(32, burst + (ceil(silent / passes) if passes > 1 else 0)), taps * bits)
-    return loop(cycles, taps * bits, need[0] / height, pause) + store + waiting
+    return loop(cycles, taps * bits, pause) + store + waiting
 
 
 def windowed(x: IntType, y: IntType, geometry: Geometry, folding: Folding, unit: Cost) -> Cost:
@@ -278,7 +275,7 @@ def reorder(x: IntType, y: IntType, lanes: int, pe: int) -> Cost:
     """
     stored = memory(x.numel // lanes, lanes * x.bits).times(pe) + memory(y.numel // pe, pe * (x.numel - 1).bit_length())
     cycles = x.numel // lanes + y.numel // pe
-    return loop(cycles, pe * y.bits, 1.0, y.numel // pe / cycles) + stored
+    return loop(cycles, pe * y.bits, y.numel // pe / cycles) + stored
 
 
 def bus_lanes(t: IntType) -> int:

@@ -118,7 +118,8 @@ def test_cycles_of_the_other_ops() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(Op.registry) - {"Input"}))
 def test_cycles_are_the_loop_iterations_of_the_kernels(name: str) -> None:
-    """The cost formulas and the kernels' own counts were written apart; they agree for every example and every legal folding."""
+    """Cost formulas and kernels count alike for every example and every legal folding. The window stages count by the same two functions
+    (rows_needed, iterations): there the timed simulation is the other route (tests/test_every_op.py)."""
     for op, types in Op.registry[name].examples():
         y = op.infer(*types)
         for pe, simd, taps in op.folds(types, y):
@@ -132,7 +133,7 @@ def test_more_lanes_never_cost_more_cycles_nor_fewer_lut() -> None:
             y = op.infer(*types)
             costs = {lanes: op.cost(types, y, Folding(*lanes[:2], "lut", lanes[2])) for lanes in op.folds(types, y)}
             for (p, s, t), c in costs.items():
-                assert all(isinstance(getattr(c, r), int) and getattr(c, r) >= 0 for r in RESOURCES) and 0 <= c.fill <= 1, name
+                assert all(isinstance(getattr(c, r), int) and getattr(c, r) >= 0 for r in RESOURCES), name
                 assert c.cycles >= 1, name
                 for (p2, s2, t2), c2 in costs.items():
                     if p2 % p == 0 and s2 % s == 0 and t2 % t == 0:
@@ -165,9 +166,9 @@ def test_arithmetic() -> None:
 
 
 def test_cost_adds_resources_and_keeps_the_larger_time() -> None:
-    a, b = Cost(1, 2, 3, 4, 5, 100, 0.25, 0.5), Cost(10, 20, 30, 40, 50, 7, 0.5, 0.125)
-    assert a + b == Cost(11, 22, 33, 44, 55, 100, 0.5, 0.5)
-    assert a.times(3) == Cost(3, 6, 9, 12, 15, 100, 0.25, 0.5)
+    a, b = Cost(1, 2, 3, 4, 5, 100, 0.25), Cost(10, 20, 30, 40, 50, 7, 0.5)
+    assert a + b == Cost(11, 22, 33, 44, 55, 100, 0.5)
+    assert a.times(3) == Cost(3, 6, 9, 12, 15, 100, 0.25)
 
 
 # Foldings and schedules.

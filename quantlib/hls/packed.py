@@ -129,7 +129,7 @@ def _cost(u: Unit) -> Cost:
         cost += adder(la.act_bits).times(u.lanes)
     if not c.windowed:  # it reads nothing while it makes further outputs of a pixel
         places = la.y[1] * la.y[2]
-        return cost + Cost(fill=1 / places, pause=(1 - 1 / u.passes) / (places * u.groups))
+        return cost + Cost(pause=(1 - 1 / u.passes) / (places * u.groups))
     w = u.window
     if c.alone:
         geometry = la.kernel, la.stride, la.padding, la.dilation
@@ -138,6 +138,6 @@ def _cost(u: Unit) -> Cost:
     held = memory(w.rows * -(-la.x[2] // banks) * u.groups * w.parts, u.lanes * la.act_bits).times(banks)
     choice = Cost(lut=word * (1 + ceil(banks / 4) * (c.phases > 1)))  # of a bank, four per LUT, and of the padding
     pause = c.late * w.fetches / w.iterations if u.iterations <= w.iterations else c.late / la.y[1] * (1 - w.silence / u.iterations)
-    cost += loop(w.iterations, word, w.need(0) / la.x[1], pause) + held + choice + fifo(max(32, u.steps + u.backlog), word)
+    cost += loop(w.iterations, word, pause) + held + choice + fifo(max(32, u.steps + u.backlog), word)
     order = memory(2 * u.blocks, bits, "lut") + Cost(lut=u.pe * la.sum_bits * ceil(c.kept / 4))
     return cost + loop(u.ordered, u.pe * la.sum_bits) + order + fifo(max(32, u.blocks), bits)

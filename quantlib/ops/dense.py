@@ -88,7 +88,7 @@ class Dense(Op):
             return packed_cost(self, x[0], y, folding)
         o, k = self.weight.shape
         unit = mac(1, o, k, x[0], words(self, "weight"), y.bits, folding.pe, folding.simd, folding.memory)
-        return unit + memory(k // folding.simd, folding.simd * x[0].bits) + Cost(fill=1.0, pause=1 - folding.pe / o)
+        return unit + memory(k // folding.simd, folding.simd * x[0].bits) + Cost(pause=1 - folding.pe / o)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -90,7 +90,7 @@ class MaxPool(Op):
         """A compare per lane and tap, behind the windows of the image; over the whole map one running maximum instead."""
         step = compare(x[0].bits) + Cost(lut=x[0].bits, ff=x[0].bits)
         if whole_map(x[0], y, self.window):
-            return loop(x[0].numel // folding.pe, folding.pe * y.bits, 1.0) + step.times(folding.pe)
+            return loop(x[0].numel // folding.pe, folding.pe * y.bits) + step.times(folding.pe)
         return windowed(x[0], y, self.window, folding, step.times(folding.taps))
 
     @classmethod

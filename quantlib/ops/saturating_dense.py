@@ -90,7 +90,7 @@ class SaturatingDense(Op):
         product = x[0].bits + weight.bits
         unit = multiply(x[0].bits, weight.bits) + adder(product) + adder(y.bits + 1) + compare(y.bits + 1).times(2)
         unit += memory(o // folding.pe * k, weight.bits, folding.memory)
-        return loop(o // folding.pe * k, folding.pe * y.bits, 1.0, 1 - folding.pe / o) + unit.times(folding.pe) + memory(k, x[0].bits)
+        return loop(o // folding.pe * k, folding.pe * y.bits, 1 - folding.pe / o) + unit.times(folding.pe) + memory(k, x[0].bits)
 
     @classmethod
     def examples(cls) -> list[Example]:

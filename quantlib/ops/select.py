@@ -64,7 +64,7 @@ class Select(Op):
         """The channels of a pixel are stored twice (one is written while the other is read) and picked; one pixel more per image."""
         lanes, places = lanes_up_to(folding.pe, x[0].shape[0]), y.numel // y.shape[0]
         cycles = (places + 1) * max(x[0].shape[0] // lanes, y.shape[0] // folding.pe)
-        return loop(cycles, folding.pe * y.bits, 1 / places) + memory(2 * x[0].shape[0] // lanes, lanes * x[0].bits)
+        return loop(cycles, folding.pe * y.bits) + memory(2 * x[0].shape[0] // lanes, lanes * x[0].bits)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -96,7 +96,7 @@ class Shift(Op):
         cycles, places = (pixels + delay) * parts, size.bit_length()
         bank = memory(size * parts, x[0].bits) + compare(places).times(2) + Cost(lut=places, ff=places)
         addresses = table(len(self.dy), places + 2 * x[0].shape[2].bit_length(), pe)
-        return loop(cycles, pe * y.bits, min(1.0, (delay + 1) / pixels), delay / (pixels + delay)) + bank.times(pe) + addresses
+        return loop(cycles, pe * y.bits, delay / (pixels + delay)) + bank.times(pe) + addresses
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -82,7 +82,7 @@ class SumPool(Op):
         """An adder per lane and tap, behind the windows of the image; over the whole map a running sum per channel."""
         if whole_map(x[0], y, self.window):
             unit = adder(y.bits) + memory(y.shape[0] // folding.pe, y.bits)
-            return loop(x[0].numel // folding.pe, folding.pe * y.bits, 1.0) + unit.times(folding.pe)
+            return loop(x[0].numel // folding.pe, folding.pe * y.bits) + unit.times(folding.pe)
         return windowed(x[0], y, self.window, folding, adder_tree(folding.taps, x[0].bits) + adder(y.bits))
 
     @classmethod
