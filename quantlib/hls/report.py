@@ -80,6 +80,9 @@ def bottleneck(plan: Plan) -> str:
     if rest:
         gain = f"{row.cost.cycles / rest[0].cost.cycles:.2f}"
         said += f" The next one is {plain(rest[0].name)} with {rest[0].cost.cycles:,}: a faster bottleneck alone gains at most {gain}-fold."
+    if plan.explanation:
+        why = re.sub(r"[^\w .,:;()/-]", "_", plan.explanation)  # it holds names from the graph
+        said += f" Why it is not faster: {why}."
     short = max(shares(plan), key=lambda s: s[3], default=None)
     if short:
         said += f" The scarcest resource is {short[0]}: {short[3]:.0f} % of what may be used."
