@@ -15,7 +15,7 @@ import torch
 
 import quantlib as ql
 from quantlib import engine, ops
-from quantlib.engine import build
+from quantlib.engine import build, lines
 from quantlib.evaluator import engine as which
 from quantlib.evaluator import execute
 from quantlib.ir import Decode, Graph, IntType, Node
@@ -184,6 +184,60 @@ def test_elementwise_chains_up_to_62_bits(bits: int, body: str) -> None:
     net.add(ops.Lut(rng.integers(-most, most, (c, 13)), -7), ends[1])
     net.add(ops.Concat(), both, ends[0], a)
     assert_equal(net.graph(), lattice(net.nodes[0].type, 4, bits))
+
+
+def rounded(rng: np.random.Generator, channels: int, levels: int, reach: int) -> np.ndarray:
+    """Thresholds of codes round(a*n + b), slopes of every size; a few rows lie far off, at one point, or on no line."""
+    step, first = reach / 2 ** rng.uniform(0, 9, (channels, 1)), rng.uniform(-reach, reach, (channels, 1))
+    t = np.ceil(first + step * np.arange(levels) / levels).astype(np.int64)
+    t[0], t[1], t[2] = t[0, 0], reach + 5, -reach - 5
+    return t
+
+
+def counted(found: lines.Lines, n: np.ndarray, lo: int, levels: int) -> np.ndarray:
+    """What the kernel computes at the points n (P, 1)."""
+    wrapped = (np.clip(n, found.low, found.high) * found.mul + found.add).astype(np.int32)
+    return np.clip(wrapped >> found.shift, lo, lo + levels)
+
+
+@pytest.mark.parametrize("lo", [0, -8, -(2**20), 1000])
+@pytest.mark.parametrize("levels", [4, 15, 31, 255])
+def test_lines_through_thresholds_hold_at_every_point(lo: int, levels: int) -> None:
+    rng = np.random.default_rng([levels, abs(lo)])
+    span = (-700, 900)
+    t, sign = rounded(rng, 40, levels, 900), signs(rng, 40)
+    t[3:6] = np.sort(rng.integers(-800, 1000, (3, levels)), 1)  # no line, but for luck
+    found = lines.through(t, sign, lo, span)
+    assert found.proven[:3].all() and (abs(lo) > 1000 or found.proven[6:].all())  # a far code leaves few bits to the slope
+    n = np.arange(span[0], span[1] + 1)[:, None]
+    want = lo + (sign * n >= t.T[:, None]).sum(0)
+    got = counted(found, n, lo, levels)
+    assert np.array_equal(got[:, found.proven], want[:, found.proven])
+
+
+def test_lines_of_the_widest_interval() -> None:
+    span = (-(2**31), 2**31 - 2)
+    t = np.array([[-(2**62), -(2**31), 0, 2**31 - 2, 2**62], [5, 5, 5, 5, 5], [-(2**31) + 1, -(2**30), 0, 2**30, 2**31 - 2]])
+    for sign in (np.ones(3, dtype=np.int64), -np.ones(3, dtype=np.int64)):
+        found = lines.through(t, sign, -2, span)
+        n = np.unique(np.clip(np.concatenate([t.ravel() + d for d in (-1, 0, 1)] + [-t.ravel() + d for d in (-1, 0, 1)]), *span))[:, None]
+        want = -2 + (sign * n >= t.T[:, None]).sum(0)
+        got = counted(found, n, -2, 5)
+        assert found.proven[1] and np.array_equal(got[:, found.proven], want[:, found.proven])
+
+
+@pytest.mark.parametrize("levels", [4, 15, 31, 100])
+@pytest.mark.parametrize("channels", [1, 30])
+def test_thresholds_on_lines_and_beside_them(channels: int, levels: int, body: str) -> None:
+    rng = np.random.default_rng([levels, channels])
+    net = Net((30, 12, 5), -1500, 2000)
+    t = rounded(rng, max(channels, 3), levels, 1800)[-channels:]
+    if channels > 1:
+        t[7] = np.sort(rng.integers(-1500, 2000, levels))  # no line: mended
+    net.add(ops.Threshold(t, signs(rng, 30), -9), "input")
+    net.add(ops.Threshold(t, signs(rng, 1), 7, 2), "input")
+    net.add(ops.Threshold(np.sort(rng.integers(-1500, 2000, (30, levels)), 1), signs(rng, 30), 0), "input")
+    assert_equal(net.graph(), lattice(net.nodes[0].type, 4, levels))
 
 
 def cnv(seed: int = 0, channels: tuple[int, ...] = (16, 16, 32, 32)) -> Graph:

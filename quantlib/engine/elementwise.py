@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from quantlib import ops
+from quantlib.engine import lines
 from quantlib.engine.program import INT32, TABLE, Builder, Refused, wide
 from quantlib.ir import Graph, IntType, Node
 
 # in the order of Step in map.hpp
-STEPS = "LOAD STORE ADD REQUANT COMPARE SEARCH LOOKUP DIGIT JOIN MULTIPLY GATE OFFSET".split()
+STEPS = "LOAD STORE ADD REQUANT LINE MEND COMPARE SEARCH LOOKUP DIGIT JOIN MULTIPLY GATE OFFSET".split()
 ELEMENTWISE = (ops.Add, ops.Multiply, ops.Requant, ops.Threshold, ops.Lut, ops.Join, ops.AffineJoin)
 BLOCK = 256  # elements per block at least
 LONGEST = 8  # ops per group: slots and constants stay in the first cache
@@ -155,6 +156,8 @@ class _Steps:
         """-x >= t says x < 1 - t: channels with sign -1 count the reached 1 - t downwards."""
         channels, levels = max(len(thresholds), len(sign)), thresholds.shape[1]
         t, base, steps = upward(np.broadcast_to(thresholds, (channels, levels)), np.broadcast_to(sign, (channels,)), lo, step, span)
+        if self.line(thresholds, sign, lo, step, span, source, y, t, base, steps):
+            return
         if levels <= VECTORS:
             self.add("COMPARE", source, y, levels, self.laid(base), self.laid(steps), self.laid(t.T))
         elif channels * (span[1] - span[0] + 1) <= LOOKUPS:
@@ -164,6 +167,23 @@ class _Steps:
         else:
             rows = self.rows(channels, 1, np.int32)
             self.add("SEARCH", source, y, levels, self.laid(base), self.laid(steps), self.b.table(t, self.dtype), rows)
+
+    def line(self, thresholds: np.ndarray, sign: np.ndarray, lo: int, step: int, span: tuple[int, int], source: int, y: int,
+             t: np.ndarray, base: np.ndarray, steps: np.ndarray) -> bool:  # fmt: skip
+        """Emits a multiplication in the place of comparisons where most channels allow it; t, base, steps: see `upward`."""
+        channels, levels = t.shape
+        if self.dtype is np.int64 or step != 1 or levels < lines.FEWEST or channels * levels**2 > lines.WORK:
+            return False
+        found = lines.through(np.broadcast_to(thresholds, t.shape), np.broadcast_to(sign, channels), lo, span)
+        bad = np.flatnonzero(~found.proven)
+        if len(bad) > lines.MENDED * channels:
+            return False
+        constants = (self.laid(v) for v in (found.low, found.high, found.mul, found.add))
+        self.add("LINE", source, y, found.shift, lo, lo + levels, *constants)
+        if len(bad):
+            tables = self.b.table(bad, np.int32), *(self.b.table(v[bad], self.dtype) for v in (base, steps, t))
+            self.add("MEND", source, y, levels, self.channels, len(bad), *tables)
+        return True
 
     def lookup(self, table: np.ndarray, lo: int, source: int, y: int) -> None:
         self.add("LOOKUP", source, y, lo, self.rows(table.shape[0], table.shape[1], np.int32), self.b.table(table, self.dtype))

@@ -8,7 +8,7 @@
 namespace ql {
 
 enum Step {  // in the order of STEPS in elementwise.py
-    LOAD, STORE, ADD, REQUANT, COMPARE, SEARCH, LOOKUP, DIGIT, JOIN, MULTIPLY, GATE, OFFSET
+    LOAD, STORE, ADD, REQUANT, LINE, MEND, COMPARE, SEARCH, LOOKUP, DIGIT, JOIN, MULTIPLY, GATE, OFFSET
 };
 
 /// y = clamp((x*mul + add) >> shift, lo, hi), or with mul2, add2 where x < kink. A is wide enough for every product.
@@ -46,6 +46,18 @@ inline void requant_step(Reader& r, const S* x, S* y, i64 n) {
         requant_kink<A, S, M>(x, y, n, int(shift), A(lo), A(hi), mul, add, kink, mul2, add2);
     else
         requant<A, S, M>(x, y, n, int(shift), A(lo), A(hi), mul, add);
+}
+
+/// y = clamp((clamp(x, low, high)*mul + add) >> shift, lo, hi): thresholds that lie on a line, see lines.py. The sum is right modulo 2^32.
+template <class S>
+inline void line(const S* __restrict x, S* __restrict y, i64 n, int shift, i32 lo, i32 hi, const S* __restrict low,
+                 const S* __restrict high, const S* __restrict mul, const S* __restrict add) {
+    for (i64 i = 0; i < n; ++i) {
+        const S above = x[i] < low[i] ? low[i] : x[i], v = above > high[i] ? high[i] : above;
+        i32 code = static_cast<i32>(static_cast<u32>(v) * static_cast<u32>(mul[i]) + static_cast<u32>(add[i])) >> shift;
+        code = code < lo ? lo : code;
+        y[i] = code > hi ? hi : code;
+    }
 }
 
 /// count (+)= #{l < L : x >= t[l*tile + i]}
@@ -116,6 +128,26 @@ void map_block(Reader r, i64 steps, u8* arena, S* slots, i64 tile, i64 at, i64 n
                     requant_step<i64, S, i32>(r, x, y, n);
                 else
                     requant_step<i64, S, i64>(r, x, y, n);
+                break;
+            }
+            case LINE: {
+                const int shift = int(r());
+                const i32 lo = i32(r()), hi = i32(r());
+                const S* low = r.table<S>();
+                const S* high = r.table<S>();
+                const S* mul = r.table<S>();
+                const S* add = r.table<S>();
+                line(x, y, n, shift, lo, hi, low, high, mul, add);
+                break;
+            }
+            case MEND: {  // the channels whose thresholds lie on no line: searched, over what the line gave
+                const i64 levels = r(), channels = r(), some = r();
+                const i32* which = r.table<i32>();
+                const S* base = r.table<S>();
+                const S* step = r.table<S>();
+                const S* t = r.table<S>();
+                for (i64 k = 0; k < some; ++k)
+                    for (i64 i = which[k]; i < n; i += channels) y[i] = base[k] + step[k] * reached(x[i], t + k * levels, levels);
                 break;
             }
             case COMPARE: {
