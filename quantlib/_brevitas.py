@@ -79,8 +79,8 @@ def grid_of(quantize: Callable[[Tensor], Any], shape: tuple[int, ...], label: st
         x = sweep.reshape(-1, 1) * torch.from_numpy(fine.copy())
         with torch.no_grad():
             value = quantize(x.expand(-1, shape[0]).reshape(-1, shape[0], *[1] * (len(shape) - 1))).value
-        codes = np.unique(np.rint(value.reshape(len(sweep), -1).numpy() / fine).astype(np.int64))
-        step = int(np.gcd.reduce(np.diff(codes))) if len(codes) > 1 else 1
+        codes = np.rint(value.reshape(len(sweep), -1).numpy() / fine).astype(np.int64)
+        step = int(np.gcd.reduce(codes - codes.min(), axis=None))  # all codes lie on the smallest + step * k
     return Grid(lo, hi, scale / division, max(step, 1))
 
 
@@ -105,16 +105,17 @@ def on_grid(value: Tensor, scale: Tensor, label: str) -> tuple[np.ndarray, np.nd
     from quantlib.tails import ConversionError
 
     outputs = value.shape[0]
-    full = scale.expand_as(value) if scale.numel() > 1 else scale.reshape(()).expand_as(value)
-    per_output = full.reshape(outputs, -1)
-    if not torch.isfinite(value).all() or not torch.isfinite(per_output).all():
+    scale = scale if scale.numel() > 1 else scale.reshape(())
+    per_output = scale.expand_as(value).reshape(outputs, -1)
+    if not torch.isfinite(value).all() or not torch.isfinite(scale).all():
         raise ConversionError(f"{label}: its quantized weights hold NaN or infinite values")
     if not (per_output == per_output[:, :1]).all():
         raise ConversionError(f"{label}: its weight scale differs inside an output channel; use one scale per tensor or per output channel")
     for division in (1, 2):
-        codes = value / (full / division)
-        if bool(((codes - codes.round()).abs() < 1e-6).all()):
-            return codes.round().long().numpy(), (per_output[:, 0] / division).numpy().copy()
+        off = value / (scale / division)
+        codes = off.round()
+        if bool((off.sub_(codes).abs_() < 1e-6).all()):
+            return codes.long().numpy(), (per_output[:, 0] / division).numpy().copy()
     raise ConversionError(f"{label}: its weights do not lie on their scale's grid")
 
 

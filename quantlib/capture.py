@@ -9,6 +9,7 @@ wrong integer later.
 from __future__ import annotations
 
 import copy
+import ctypes
 import linecache
 import sys
 import weakref
@@ -444,7 +445,21 @@ def float64_copy(model: nn.Module) -> nn.Module:
         if value.is_floating_point() and not torch.isfinite(value).all():
             kind = "NaN" if torch.isnan(value).any() else "infinite"
             raise CaptureError(f"{name} holds {kind} values; load a sound checkpoint (zoo.load) or repair the training before converting")
-    return copy.deepcopy(model).cpu().double().eval()
+    done = {id(p): nn.Parameter(p.detach().cpu().double(), p.requires_grad) for p in model.parameters() if _widens(p)}
+    return copy.deepcopy(model, done).cpu().double().eval()
+
+
+def _widens(parameter: nn.Parameter) -> bool:
+    """A plain parameter that float64 needs a new one of; copied as it is first, it would be there three times."""
+    return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.dtype is not torch.float64
+
+
+def give_back() -> None:
+    """Hand freed memory to the system where the C library can (glibc): large maps come and go in a run, and what they leave is in pieces
+    among the weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def capture(model: nn.Module, input_shape: tuple[int, ...], sample: Callable[[int, int], Tensor]) -> Record:
@@ -460,7 +475,8 @@ def capture(model: nn.Module, input_shape: tuple[int, ...], sample: Callable[[in
     model = float64_copy(model)
     small = prod(input_shape) <= SMALL_IMAGE
     try:
-        two, _ = _record(model, sample(2, 2))
+        two = _record(model, sample(2, 2))[0]
+        give_back()
         if small:
             record, _ = _both(two, model, sample, 3)
             x = sample(5, 7)
@@ -486,6 +502,7 @@ def capture(model: nn.Module, input_shape: tuple[int, ...], sample: Callable[[in
         raise CaptureError(
             "replaying the recorded run on new data does not give the model's output: it depends on data in a way a record cannot hold"
         )
+    give_back()
     return record
 
 

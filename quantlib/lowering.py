@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from quantlib import _brevitas, _torch, ops, passes, tails
-from quantlib.capture import Call, CaptureError, Record, Ref, capture, unwrapped, walk
+from quantlib.capture import Call, CaptureError, Record, Ref, capture, give_back, unwrapped, walk
 from quantlib.ir import Decode, Front, Graph, GraphError, Grid, IntType, Node
 from quantlib.snapping import prove
 from quantlib.tails import ConversionError, Edge, Map, Move, RealInput, Value
 
 Sides = tuple[int, int, int, int]
+GIVE_BACK = 8  # calls after which the memory of their tables goes back to the system
 MANY_SCALES = 4  # scales among the inputs of a convolution up to which it gets one accumulator for each
 
 
@@ -668,7 +669,9 @@ def lower(model: nn.Module, input_shape: tuple[int, ...], input: Grid | None = N
     g.env[0] = RealInput(shape) if input is None else g.input(input)
     if input is not None:
         g.snaps[0] = Snap("input", g.env[0].type.scale, np.zeros(1), "input")
-    for call in record.calls:
+    for k, call in enumerate(record.calls):
+        if k % GIVE_BACK == 0:
+            give_back()
         try:
             _lower_call(g, call)
         except (ConversionError, CaptureError):
@@ -698,6 +701,7 @@ def convert(model: nn.Module, input_shape: tuple[int, ...], input: Grid | None =
     """
     conversion = lower(model, input_shape, input)
     graph = conversion.graph
+    give_back()
     image = _sampler(graph.input.type.shape, None if graph.front else _grid(graph))(1, 11)
     prove(conversion, image.float().double() if graph.front else image)
     return graph

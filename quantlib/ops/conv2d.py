@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -165,13 +166,22 @@ class Conv2d(Op):
 
 def sum_type(weight: np.ndarray, x: IntType, shape: tuple[int, ...], padded: bool) -> IntType:
     """Interval and lattice of sum(weight[o] * x) over all output channels o; `padded`: any tap may read 0 instead."""
-    ends = np.stack([weight * x.lo, weight * x.hi]).astype(object if x.magnitude > 2**40 else np.int64)
-    low, high = ends.min(0), ends.max(0)
-    if padded:
-        low, high = np.minimum(low, 0), np.maximum(high, 0)
-    axes = tuple(range(1, weight.ndim))
-    lo, hi = int(low.sum(axes).min()), int(high.sum(axes).max())
-    step = int(np.gcd.reduce(np.abs(weight), axis=None)) * stride_of(x)
-    base = ends[0].sum(axes)
-    others = [int(v) for v in (np.unique(ends[0]) if padded else np.unique(base - base[0]))]
-    return IntType(shape, lo, hi, tensor_scale(x), lattice(lo, hi, step, *others))
+    rows = weight.reshape(len(weight), -1)
+    total = rows.sum(1).astype(object if x.magnitude > 2**40 else np.int64)
+    positive = rows.sum(1, where=rows > 0).astype(total.dtype)
+    negative = total - positive
+    least, most = (min(x.lo, 0), max(x.hi, 0)) if padded else (x.lo, x.hi)
+    lo, hi = int((positive * least + negative * most).min()), int((positive * most + negative * least).max())
+    common = _common_divisor(rows)
+    others = [common * x.lo] if padded else [int(v) for v in x.lo * (total - total[0])]
+    return IntType(shape, lo, hi, tensor_scale(x), lattice(lo, hi, common * stride_of(x), *others))
+
+
+def _common_divisor(rows: np.ndarray) -> int:
+    """The greatest common divisor of all entries; the first rows mostly settle it."""
+    common = 0
+    for row in rows:
+        common = gcd(common, int(np.gcd.reduce(row)))
+        if common == 1:
+            break
+    return common
