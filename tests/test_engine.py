@@ -16,6 +16,7 @@ import torch
 import quantlib as ql
 from quantlib import engine, ops
 from quantlib.engine import build, lines
+from quantlib.engine.program import KINDS, translate
 from quantlib.evaluator import engine as which
 from quantlib.evaluator import execute
 from quantlib.ir import Decode, Graph, IntType, Node
@@ -142,6 +143,29 @@ def test_convolutions_of_any_geometry(interval: str, seed: int, body: str) -> No
         net.add(ops.Conv2d(weight, stride, padding, dilation, groups))
         net.add(ops.Conv2d(rng.integers(-2, 3, (shape[0], 1, 2, 2)), groups=shape[0]))  # depthwise
         assert_equal(net.graph(), lattice(net.nodes[0].type, 3, seed))
+
+
+@pytest.mark.parametrize(("most", "taps", "kind"), [(127, (64, 65), "DEPTH16"), (128, (64, 64), "DEPTH32")])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_depthwise_sums_up_to_the_end_of_int16(most: int, taps: tuple[int, int], kind: str, sign: int, body: str) -> None:
+    """Sums of 4 taps up to 127 * 258 or 128 * 256 in the first and the last channel: 70 channels are two whole blocks and a part."""
+    weight = np.random.default_rng(most).integers(-60, 61, (70, 1, 2, 2))
+    weight[[0, -1]] = sign * np.array(taps)
+    net = Net((70, 9, 8), -most, most)
+    net.add(ops.Conv2d(weight, padding=(1, 0, 1, 1), groups=70))
+    graph = net.graph()
+    records = translate(graph, graph.outputs, build.library(body)).words
+    assert KINDS.index(kind) in kinds(records)
+    assert_equal(graph, lattice(graph.input.type, 4, most))
+
+
+def kinds(words: np.ndarray) -> list[int]:
+    """The kind of every record of a program."""
+    found, at = [], 0
+    while at < len(words):
+        found.append(int(words[at]))
+        at += int(words[at + 1])
+    return found
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -11,6 +11,8 @@ from quantlib.engine.program import INT32, Builder, stored, wide
 from quantlib.ir import IntType, Node
 
 BLOCK = 16  # output channels side by side in a kernel
+SHORTS = 32  # channels side by side in a depthwise kernel of 16-bit sums
+INT16 = 1 << 15
 FILLED = 0.2  # signs are packed where at least this part of the 64-bit words is used
 GATES = {"plain": 0, "gated": 1, "merged": 2}
 
@@ -93,7 +95,8 @@ def emit(b: Builder, node: Node) -> bool:
     elif (planes := _planes(c)) and _filled(c):
         _signs(b, node, c, planes, None)
     elif c.groups > 1 and c.weight.shape[:2] == (c.groups, 1):
-        _wide(b, node, c, depthwise=True)
+        if not _short(b, node, c):
+            _wide(b, node, c, depthwise=True)
     elif not (b.library.bytes and _bytes(b, node, c)) and not _pairs(b, node, c):
         _wide(b, node, c, depthwise=False)
     return True
@@ -202,6 +205,21 @@ def _dot(b: Builder, node: Node, c: _Conv, kind: str, dtype: type, zero: int, di
     b.give(line)
     if not direct:
         b.give(buffer)
+
+
+def _short(b: Builder, node: Node, c: _Conv) -> bool:
+    """Depthwise with all numbers and sums in int16, 32 channels side by side."""
+    if stored(c.x) > 1 or np.abs(c.weight).max() >= INT16 or c.bound >= INT16:
+        return False
+    channels = c.weight.shape[0]
+    taps = np.pad(c.weight.reshape(channels, -1), [(0, -channels % SHORTS), (0, 0)])
+    weight = taps.reshape(-1, SHORTS, taps.shape[1]).transpose(0, 2, 1)
+    buffer, line = b.take(c.padded[0] * c.padded[1] * channels * 2), b.take(c.out[1] * channels * 2)
+    head = _head(b, node, c, buffer, line, channels * 2, 2, 1, _one_class(c, np.zeros(channels, dtype=np.int64)))
+    b.emit("DEPTH16", *head, b.table(weight, np.int16))
+    b.give(line)
+    b.give(buffer)
+    return True
 
 
 def _wide(b: Builder, node: Node, c: _Conv, depthwise: bool) -> None:

@@ -175,6 +175,51 @@ inline void wide_conv(Reader r, u8* arena) {
     }
 }
 
+using Shorts = std::uint16_t __attribute__((vector_size(64), may_alias));  // sums modulo 2^16; what is not used may be any number
+constexpr i64 SHORTS = 32;
+
+inline Shorts shorts_at(const void* p) {
+    Shorts v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+/// P pixels x 32 channels; x: corners of the windows, `left` channels are wanted.
+template <int P>
+inline void depthwise_tile(const Window& w, const u8* x, const i16* weight, i16* to, i64 left) {
+    Shorts sums[P] = {};
+    for (i64 s = 0; s < w.segments; ++s) {
+        const Shorts k = shorts_at(weight + s * SHORTS);
+        for (int p = 0; p < P; ++p) sums[p] += shorts_at(x + w.offset[s] + p * w.stride_w * w.pixel) * k;
+    }
+    for (int p = 0; p < P; ++p) {
+        if (left >= SHORTS)
+            std::memcpy(to + p * w.channels, &sums[p], sizeof(Shorts));
+        else
+            std::memcpy(to + p * w.channels, &sums[p], std::size_t(left) * 2);
+    }
+}
+
+/// One tap per segment and one output per channel, all sums in int16: weights [block of 32 channels][tap][channel].
+inline void depthwise_short(Reader r, u8* arena) {
+    const Window w(r);
+    const i16* weight = r.table<i16>();
+    pad<i16>(w, arena, i16(0));
+    i16* line = reinterpret_cast<i16*>(arena + w.line);
+    constexpr i64 P = 4;
+    for (i64 row = 0; row < w.out_h; ++row) {
+        const u8* first = arena + w.buffer + row * w.stride_h * w.cols * w.pixel;
+        for (i64 c = 0; c < w.channels; c += SHORTS) {
+            const i16* k = weight + c * w.segments;
+            i64 col = 0;
+            const auto at = [&] { return first + col * w.stride_w * w.pixel + c * 2; };
+            for (; col + P <= w.out_w; col += P) depthwise_tile<P>(w, at(), k, line + col * w.channels + c, w.channels - c);
+            for (; col < w.out_w; ++col) depthwise_tile<1>(w, at(), k, line + col * w.channels + c, w.channels - c);
+        }
+        store(w.to_code, line, arena + w.to, row * w.out_w * w.outputs, w.out_w * w.outputs);
+    }
+}
+
 /// One tap per segment and one output per channel: weights [tap][channel] of S.
 template <class S>
 inline void depthwise_conv(Reader r, u8* arena) {

@@ -13,7 +13,7 @@ namespace ql {
 
 enum Kind {  // in the order of KINDS in program.py
     IN, OUT, MAP32, MAP64, GATHER, THERMOMETER, MAX, SUM32, SUM64, SATURATING32, SATURATING64,
-    SIGNS1, SIGNS2, BYTE_DOT, PAIR_DOT, WIDE32, WIDE64, DEPTH32, DEPTH64
+    SIGNS1, SIGNS2, BYTE_DOT, PAIR_DOT, WIDE32, WIDE64, DEPTH16, DEPTH32, DEPTH64
 };
 
 void image(const i64* program, i64 words, const i64* codes, i64 number, i64* const* outputs, u8* arena) {
@@ -37,6 +37,7 @@ void image(const i64* program, i64 words, const i64* codes, i64 number, i64* con
             case PAIR_DOT: dot_conv<false>(r, arena); break;
             case WIDE32: wide_conv<i32>(r, arena); break;
             case WIDE64: wide_conv<i64>(r, arena); break;
+            case DEPTH16: depthwise_short(r, arena); break;
             case DEPTH32: depthwise_conv<i32>(r, arena); break;
             case DEPTH64: depthwise_conv<i64>(r, arena); break;
         }

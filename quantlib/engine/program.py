@@ -20,7 +20,7 @@ from quantlib.ir import Graph, IntType, Node
 
 KINDS = (  # in the order of Kind in packed.cpp
     "IN OUT MAP32 MAP64 GATHER THERMOMETER MAX SUM32 SUM64 SATURATING32 SATURATING64 "
-    "SIGNS1 SIGNS2 BYTE_DOT PAIR_DOT WIDE32 WIDE64 DEPTH32 DEPTH64"
+    "SIGNS1 SIGNS2 BYTE_DOT PAIR_DOT WIDE32 WIDE64 DEPTH16 DEPTH32 DEPTH64"
 ).split()
 ALIGN = 64
 SLACK = 64  # kernels may read (never use) a few bytes behind a buffer
