@@ -70,9 +70,21 @@ def files(net: Netlist, part: str, clock_ns: float) -> dict[str, str | bytes]:
             ports="\n".join(f"sp=top_memory_1.{p}:{found.memory}" for p in ports),
         )  # fmt: skip
         return made
+    masters, outputs = 1 + len(net.outputs) + len(net.feeds), len(net.outputs)
+    return made | block_design(part, 1000 / clock_ns, ("top_memory", "top_axis"), masters, outputs, length_bits(net))
+
+
+def block_design(
+    part: str, clock_mhz: float, tops: tuple[str, ...], masters: int, outputs: int = 0, length: int = 8
+) -> dict[str, str | bytes]:
+    """bitstream.tcl: the processor of the part's board with one of `tops` and what is between them; the first, or $TOP.
+
+    masters: AXI4 master ports gmem0, gmem1, ... of a top; outputs, length: streams of a top_axis and bits of their DMAs' length registers.
+    """
+    found = board_of(part)
     rows = "\n".join(f"    {{{b.name}}} {{{b.part} {b.board_part} {b.ps}}}" for b in BOARDS)
-    made["bitstream.tcl"] = template(
-        "bitstream.tcl", board=found.name if found else "", boards=rows, clock=f"{1000 / clock_ns:g}",
-        masters=1 + len(net.outputs) + len(net.feeds), outputs=len(net.outputs), length=length_bits(net),
+    text = template(
+        "bitstream.tcl", board=found.name if isinstance(found, Board) else "", boards=rows, clock=f"{clock_mhz:g}", tops=" ".join(tops),
+        masters=masters, outputs=outputs, length=length,
     )  # fmt: skip
-    return made
+    return {"bitstream.tcl": text}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantlib.hls import netlist, writer
+from quantlib.hls import boards, netlist, writer
 from quantlib.hls import project as hls
 from quantlib.ir import Graph
 from quantlib.layerwise import image
@@ -26,6 +26,7 @@ from quantlib.layerwise.steps import Steps, build
 from quantlib.parts import Part
 
 HEADERS = ("lw_engine.hpp", "lw_finish.hpp", "lw_memory.hpp", "lw_step.hpp", "lw_sweep.hpp", "lw_units.hpp")
+MASTERS = 6  # AXI ports of the top, gmem0 to gmem5
 SHIM = ("ap_int.h", "hls_stream.h", "ql_fiber.h")
 
 
@@ -159,6 +160,7 @@ def _files(p: Project) -> dict[str, str | bytes]:
         "golden/input.txt": _lines(writer.to_stream(codes, graph.input.type)),
         "Makefile": _text("templates", "project.mk"),
         "project.tcl": _template("project.tcl", part=plan.part.full_name, clock=f"{1000 / plan.clock_mhz:g}"),
+        **boards.block_design(plan.part.full_name, plan.clock_mhz, ("layerwise_top",), MASTERS),
         "plan.txt": f"{plan}\n",
         "plan.json": json.dumps(plan.to_dict(), indent=1) + "\n",
         "README.md": _template("readme.md", network=name, part=plan.part, clock=f"{plan.clock_mhz:g}", constants=words, plan=plan),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import quantlib as ql
 from quantlib.hls import boards, project
 from quantlib.parts import PARTS
 from quantlib.schedule import Folding
@@ -43,7 +44,7 @@ class Vivado:
 
     def __init__(self, network: dict[str, str]) -> None:
         self.tcl = tkinter.Tcl()
-        self.pins = {**PINS, "top_memory": lambda c: network, "top_axis": lambda c: network}
+        self.pins = {**PINS, **dict.fromkeys(("top_memory", "top_axis", "layerwise_top"), lambda c: network)}
         self.cells: dict[str, str] = {}
         self.config: dict[str, dict[str, str]] = {}
         self.driven: dict[str, str] = {}
@@ -192,6 +193,22 @@ def test_weights_from_memory_have_master_ports(nets: ModuleType, tmp_path: Path,
     assert bundles["top_memory"] == [("in", "0"), ("out0", "1"), ("weights0", "2"), ("weights1", "3")]
     card = project.write(graph, tmp_path / "card", folding, part="xcu250-figd2104-2L-e")
     assert "sp=top_memory_1.weights1:DDR[0]" in (card.folder / "kernel.cfg").read_text()
+
+
+@pytest.mark.parametrize("part", ["xczu3eg", "xc7z020"])
+def test_the_layer_by_layer_engine_has_a_block_design(nets: ModuleType, tmp_path: Path, part: str) -> None:
+    made = ql.layerwise.export(nets.small()[0], tmp_path / "p", part)
+    for path in ("vendor/solution/impl/ip/x", "vivado/network.runs/impl_1/network_wrapper.bit"):
+        (made.folder / "build" / path).parent.mkdir(parents=True)
+        (made.folder / "build" / path).touch()
+    bundles = re.findall(r"m_axi port = \w+ .*bundle = (gmem\d)", (made.folder / "src" / "engine.cpp").read_text())
+    pins = {"ap_clk": "i", "ap_rst_n": "i", "interrupt": "o", "s_axi_control": "s", **{f"m_axi_{b}": "m" for b in bundles}}
+    vivado = Vivado(pins)
+    assert vivado.run(made.folder / "bitstream.tcl") == 0
+    vivado.check()
+    assert {source for source, _ in vivado.buses} >= {f"layerwise_top_0/m_axi_gmem{k}" for k in range(6)}
+    told = subprocess.run(["make", "-n", "bitstream"], cwd=made.folder, capture_output=True, text=True, check=True).stdout
+    assert told.split() == "vivado -mode batch -source bitstream.tcl".split()
 
 
 def test_make_calls_the_tools_of_the_part(folders: dict[str, project.Project]) -> None:

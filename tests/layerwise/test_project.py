@@ -26,9 +26,10 @@ def made(nets: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Project:
 def test_project_is_complete_and_names_no_place(made: Project) -> None:
     files = {str(p.relative_to(made.folder)) for p in made.folder.rglob("*") if p.is_file() and "build" not in p.parts}
     assert set(json.loads((made.folder / hls.MANIFEST).read_text())["files"]) | {hls.MANIFEST} == files
-    expected = "Makefile project.tcl driver.py host.py driver.json memory.bin plan.txt plan.json README.md src/engine.cpp src/engine.hpp"
+    expected = "Makefile project.tcl bitstream.tcl driver.py host.py driver.json memory.bin plan.txt plan.json README.md src/engine.cpp"
     assert {
         *expected.split(),
+        "src/engine.hpp",
         "src/testbench.cpp",
         "golden/input.txt",
         "golden/output0.txt",

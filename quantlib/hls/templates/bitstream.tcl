@@ -3,10 +3,11 @@
 #
 # Not run where it was written. Names come from the manuals: commands UG835 and UG994, processing_system7 PG082, zynq_ultra_ps_e PG201,
 # axi_dma PG021 (7.1), smartconnect PG247 (1.0), proc_sys_reset PG164 (5.0). Versions of IP are left to the catalogue where it has one only.
-set TOP    [expr {[info exists ::env(TOP)] ? $$::env(TOP) : "top_memory"}]
+set TOPS   {$tops}
+set TOP    [expr {[info exists ::env(TOP)] ? $$::env(TOP) : [lindex $$TOPS 0]}]
 set BOARD  [expr {[info exists ::env(BOARD)] ? $$::env(BOARD) : "$board"}]
 set CLOCK  $clock   ;# MHz, that of the plan; the processor's dividers come as near as they can
-set MASTERS $masters   ;# AXI4 master ports of top_memory
+set MASTERS $masters   ;# AXI4 master ports of a top other than top_axis
 set OUTPUTS $outputs   ;# AXI4 streams out of top_axis, one DMA each
 set LENGTH $length   ;# bits of a DMA's length register: one image per transfer
 set JOBS   2
@@ -19,7 +20,7 @@ $boards
 set HERE [file normalize [file dirname [info script]]]
 set REPOSITORY $$HERE/build/vendor/solution/impl/ip
 if {![dict exists $$BOARDS $$BOARD]} { puts "BOARD=$$BOARD: choose one of [join [dict keys $$BOARDS] {, }], or add a row to the table"; exit 1 }
-if {$$TOP ni {top_memory top_axis}} { puts "TOP=$$TOP: choose top_memory or top_axis"; exit 1 }
+if {$$TOP ni $$TOPS} { puts "TOP=$$TOP: choose [join $$TOPS { or }]"; exit 1 }
 if {![file isdirectory $$REPOSITORY]} { puts "$$REPOSITORY is missing: run project.tcl first (make hls)"; exit 1 }
 lassign [dict get $$BOARDS $$BOARD] PART BOARD_PART PS
 
@@ -84,7 +85,7 @@ wire clock_and_reset/peripheral_aresetn $${TOP}_0/ap_rst_n
 set CONTROLS [list $${TOP}_0/s_axi_control]
 set INTERRUPTS [list $${TOP}_0/interrupt]
 set DATA {}
-if {$$TOP eq "top_memory"} {
+if {$$TOP ne "top_axis"} {
     for {set k 0} {$$k < $$MASTERS} {incr k} { lappend DATA $${TOP}_0/m_axi_gmem$$k }
 } else {
     # axi_dma_0 reads memory for `in` and writes what comes from out0, axi_dma_1 writes out1, ...: what driver.py expects
