@@ -106,13 +106,17 @@ def threshold_op(codes: np.ndarray, n: np.ndarray, rising: np.ndarray, grid: Gri
     return ops.Threshold(thresholds, sign[:, 0], grid.lo, grid.step)
 
 
-def thresholds_of(codes: np.ndarray, n: np.ndarray, rising: np.ndarray, grid: Grid, t: IntType) -> tuple[np.ndarray, np.ndarray]:
-    """From codes (C, P) that are monotone in n (P,): thresholds (C, L) on sign * n, and sign (C, 1). Never true: one above the interval."""
-    sign = np.where(rising, 1, -1)[:, None]
+def below_levels(codes: np.ndarray, grid: Grid) -> np.ndarray:
+    """How many codes of each row (C, P) lie below each level but the first, (C, L)."""
     channels = len(codes)
     rows = (codes.astype(np.int64) - grid.lo) // grid.step + grid.levels * np.arange(channels)[:, None]
-    reached = np.bincount(rows.reshape(-1), minlength=channels * grid.levels).reshape(channels, -1)  # integers per code
-    first = np.cumsum(reached, axis=1)[:, :-1]  # (C, L): how many lie below each level
+    reached = np.bincount(rows.reshape(-1), minlength=channels * grid.levels).reshape(channels, -1)
+    return np.cumsum(reached, axis=1)[:, :-1]
+
+
+def thresholds_of(codes: np.ndarray, n: np.ndarray, rising: np.ndarray, grid: Grid, t: IntType) -> tuple[np.ndarray, np.ndarray]:
+    """From codes (C, P) that are monotone in n (P,): thresholds (C, L) on sign * n, and sign (C, 1). Never true: one above the interval."""
+    sign, first = np.where(rising, 1, -1)[:, None], below_levels(codes, grid)
     up, down = np.append(n, n[-1] + 1), np.append(-n[::-1], 1 - n[0])  # sign * n, ascending
     return np.where(sign > 0, up[first], down[first]), sign
 
@@ -127,13 +131,16 @@ def bisected(value: Map, edge: Edge, grid: Grid) -> ops.Op:
             f"(limit {MANY_INTEGERS}); use a monotone activation (PReLU slopes >= 0), or a FixedPoint or other quantizer right "
             f"after the accumulator"
         )
-    channels, count = value.shape[0], grid.levels - 1
+    count = grid.levels - 1
     low, high = codes_of(value, {edge.name: real_of(edge, np.array([[t.lo], [t.hi]]))}, grid)
     sign = np.where(high < low, -1, 1)[:, None]
     levels = grid.lo + grid.step * np.arange(1, grid.levels)
     # invariant: code(sign * n) < level at `below`, >= level at `above`; the ends are virtual.
     low_end, high_end = np.where(sign > 0, t.lo, -t.hi), np.where(sign > 0, t.hi, -t.lo)
-    below, above = np.broadcast_to(low_end - 1, (channels, count)).copy(), np.broadcast_to(high_end + 1, (channels, count)).copy()
+    places = low_end + (high_end - low_end) * np.arange(count + 1) // max(count, 1)  # evenly: many steps for the price of one
+    first = below_levels(codes_of(value, {edge.name: real_of(edge, (sign * places).T)}, grid).T, grid)
+    places = np.concatenate([low_end - 1, places, high_end + 1], axis=1)
+    below, above = np.take_along_axis(places, first, 1), np.take_along_axis(places, first + 1, 1)
     while (open_ := above - below > 1).any():
         middle = below + above
         middle >>= 1
