@@ -175,22 +175,20 @@ inline void wide_conv(Reader r, u8* arena) {
     }
 }
 
-using Shorts = std::uint16_t __attribute__((vector_size(64), may_alias));  // sums modulo 2^16; what is not used may be any number
+using Shorts = std::uint16_t __attribute__((vector_size(64)));  // sums modulo 2^16; what is not used may be any number
 constexpr i64 SHORTS = 32;
-
-inline Shorts shorts_at(const void* p) {
-    Shorts v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
 
 /// P pixels x 32 channels; x: corners of the windows, `left` channels are wanted.
 template <int P>
 inline void depthwise_tile(const Window& w, const u8* x, const i16* weight, i16* to, i64 left) {
     Shorts sums[P] = {};
     for (i64 s = 0; s < w.segments; ++s) {
-        const Shorts k = shorts_at(weight + s * SHORTS);
-        for (int p = 0; p < P; ++p) sums[p] += shorts_at(x + w.offset[s] + p * w.stride_w * w.pixel) * k;
+        Shorts k, v;
+        std::memcpy(&k, weight + s * SHORTS, sizeof k);
+        for (int p = 0; p < P; ++p) {
+            std::memcpy(&v, x + w.offset[s] + p * w.stride_w * w.pixel, sizeof v);
+            sums[p] += v * k;
+        }
     }
     for (int p = 0; p < P; ++p) {
         if (left >= SHORTS)
