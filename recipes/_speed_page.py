@@ -183,7 +183,8 @@ def bars(report: dict[str, Any]) -> Any:
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("images per second over those of the fake-quantized model, one thread")
-    axes.legend(fontsize=7, loc="best")
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=5, frameon=False)
+    plot.tight_layout()
     return plot
 
 
@@ -195,12 +196,15 @@ def curves(report: dict[str, Any]) -> Any:
     if not isinstance(rows, list) or not rows:
         return None
     axes_of = list(dict.fromkeys(r["axis"] for r in rows))
-    plot = Figure(figsize=(3.2 * len(axes_of), 3.2))
+    plot = Figure(figsize=(3.2 * len(axes_of), 3.8))
     for axes, axis in zip(plot.subplots(1, len(axes_of), squeeze=False)[0], axes_of):
         for r in (r for r in rows if r["axis"] == axis):
             axes.loglog(r["sizes"], r["seconds"], "o-", markersize=3, label=f"{r['way']}: {r['exponent']:.2f} ± {r['error']:.2f}")
+        sizes = next(r["sizes"] for r in rows if r["axis"] == axis)
+        axes.set_xticks(sizes, [f"{n:g}" for n in sizes])
+        axes.minorticks_off()
         axes.set_xlabel(axis)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     plot.supylabel("seconds")
     plot.tight_layout()
     return plot
