@@ -72,6 +72,7 @@ def test_the_clock_shows_the_cycles_of_the_plan(name: str, options: dict[str, An
     timing = project.last
     assert timing is not None
     slow = sorted(((most, depth, fifo) for fifo, (most, depth) in timing.marks.items() if most == depth), reverse=True)
+    # the bound asked for: equally slow stages wait for each other's bursts, which the plan does not count
     assert abs(timing.steady - plan.cycles) <= 0.05 * plan.cycles, f"slowest is {plan.bottleneck}; full FIFOs: {slow}"
     # or by 32 cycles: fracbnn_digits takes 128 per image, and a whole window appears only when the first columns of a row are in
     assert abs(plan.latency - timing.latency) <= max(0.03 * timing.latency, 32)

@@ -229,7 +229,7 @@ def test_the_executor_gives_the_codes_of_the_model_and_of_its_integers(tmp_path:
     # sums of at most 24 products of float32 in another order
     assert np.allclose(tensors["output"], y.numpy(), rtol=0, atol=1e-5 * float(y.abs().max()))
     integers = ql.convert(model, (3, 9, 9), input=ql.Grid(0, 255, 1 / 256))
-    assert np.allclose(ql.run(integers, x).numpy(), tensors["output"], rtol=0, atol=1e-5 * float(y.abs().max()))
+    assert np.allclose(ql.run(integers, x).numpy(), tensors["output"], rtol=0, atol=1e-5 * float(y.abs().max()))  # likewise
     assert "Conv2d" in " ".join(type(n.op).__name__ for n in integers) and evaluator.engine(integers)
 
 
