@@ -16,7 +16,7 @@ from quantlib.hls import boards, project
 from quantlib.parts import PARTS
 from quantlib.schedule import Folding
 
-tkinter = pytest.importorskip("tkinter")
+tkinter = pytest.importorskip("tkinter", reason="the scripts run in the Tcl interpreter of tkinter")
 
 # What a cell has: "i" input pins, "o" output pins, "m" and "s" master and slave interfaces. Manuals: PG201, PG082, PG164, PG247, PG021.
 PINS: dict[str, Callable[[dict[str, str]], dict[str, str]]] = {
